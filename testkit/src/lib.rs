@@ -1,0 +1,1 @@
+//! Guests, fault injection and capability skips for testing code that uses [`cvm_memory`].

@@ -11,3 +11,5 @@
 )]
 
 pub mod addr;
+pub mod gmem;
+pub mod hypervisor;

@@ -1,0 +1,1 @@
+//! The real KVM, through kvm-ioctls.

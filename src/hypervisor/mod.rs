@@ -1,0 +1,158 @@
+//! The seam between policy and mechanism: what KVM offers on a VM fd ([`Hypervisor`]) and on a vCPU fd ([`Vcpu`]).
+//!
+//! Each method mirrors one ioctl, with its arguments unchecked and its errno unchanged, so that the software KVM and the
+//! real one can be held against each other call by call, and so that a recorder or a fault injector can stand in between.
+//! No policy lives below this seam: nothing here knows what was declared, merges ranges, retries or rolls back.
+//!
+//! Mirrors `include/uapi/linux/kvm.h`; numbers and layouts come from there.
+
+mod caps;
+mod exit;
+pub mod kvm;
+
+use std::fmt;
+use std::os::fd::RawFd;
+
+use nix::errno::Errno;
+
+use crate::gmem::GuestMemfd;
+
+pub use caps::{Cap, Capabilities, MissingCapability, VmType};
+pub use exit::{Exit, HypercallExit, MemoryFault, Mmio, exit_reason};
+
+/// `KVM_MEMORY_ATTRIBUTE_PRIVATE`: bit 3, the only attribute there is.
+pub const MEMORY_ATTRIBUTE_PRIVATE: u64 = 1 << 3;
+
+/// Argument of `KVM_SET_USER_MEMORY_REGION2`, every field free. Sizes, addresses and offsets in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct MemoryRegion {
+    /// Address space in bits 31:16, slot id in bits 15:0.
+    pub slot: u32,
+    /// `KVM_MEM_LOG_DIRTY_PAGES` 1, `KVM_MEM_READONLY` 2, `KVM_MEM_GUEST_MEMFD` 4.
+    pub flags: u32,
+    /// Where the slot starts in guest physical address space.
+    pub guest_phys_addr: u64,
+    /// Size; zero deletes the slot.
+    pub memory_size: u64,
+    /// Where its shared memory starts in this process.
+    pub userspace_addr: u64,
+    /// Where its private memory starts in the file.
+    pub guest_memfd_offset: u64,
+    /// The file; looked at only with `KVM_MEM_GUEST_MEMFD`.
+    pub guest_memfd: RawFd,
+}
+
+/// Argument of `KVM_SET_MEMORY_ATTRIBUTES`. Address and size in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct MemoryAttributes {
+    /// First byte, without any shared bit.
+    pub address: u64,
+    /// Size in bytes.
+    pub size: u64,
+    /// [`MEMORY_ATTRIBUTE_PRIVATE`] or zero.
+    pub attributes: u64,
+    /// Must be zero.
+    pub flags: u64,
+}
+
+/// Argument of `KVM_PRE_FAULT_MEMORY`, which the call advances past what it has mapped. Address and size in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PreFaultMemory {
+    /// First byte that is still to be mapped.
+    pub gpa: u64,
+    /// Bytes that are still to be mapped.
+    pub size: u64,
+    /// Must be zero.
+    pub flags: u64,
+}
+
+/// What a kind of VM is like, as far as the generic code has to care. Vendors describe theirs in their own crates.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Platform {
+    /// A word for messages.
+    pub name: &'static str,
+    /// The argument of `KVM_CREATE_VM`.
+    pub vm_type: VmType,
+    /// Whether pages can be private at all.
+    pub private_memory: bool,
+    /// Whether a guest access says by itself if it is private, so that an access that differs from the attribute exits.
+    /// Where the attribute alone decides, a page whose attribute was not set yet would silently be shared.
+    pub accesses_carry_privacy: bool,
+    /// Whether a guest that is answered `EAGAIN` asks again. Where it does not, `EAGAIN` would be an error to it.
+    pub guest_retries: bool,
+}
+
+impl Platform {
+    /// KVM's default VM type: no private memory.
+    pub const DEFAULT: Self = Self {
+        name: "default",
+        vm_type: VmType::DEFAULT,
+        private_memory: false,
+        accesses_carry_privacy: false,
+        guest_retries: false,
+    };
+
+    /// KVM's software-protected VM type: private memory, decided by the attribute alone.
+    pub const SOFTWARE_PROTECTED: Self = Self {
+        name: "software-protected",
+        vm_type: VmType::SOFTWARE_PROTECTED,
+        private_memory: true,
+        accesses_carry_privacy: false,
+        guest_retries: false,
+    };
+}
+
+/// The mechanisms of a VM fd. One method, one ioctl.
+pub trait Hypervisor: fmt::Debug + Send + Sync {
+    /// What kind of VM this is.
+    fn platform(&self) -> Platform;
+
+    /// `KVM_CHECK_EXTENSION` on the VM fd: zero where unsupported. Never fails: a negative answer counts as zero.
+    fn check_extension(&self, cap: Cap) -> u64;
+
+    /// `KVM_ENABLE_CAP` on the VM fd.
+    ///
+    /// # Errors
+    /// `EINVAL` for an unknown capability or argument.
+    fn enable_cap(&self, cap: Cap, args: [u64; 4]) -> Result<(), Errno>;
+
+    /// `KVM_CREATE_GUEST_MEMFD`: size in bytes, flags as given (unknown ones are for the kernel to refuse). The file is
+    /// close-on-exec.
+    ///
+    /// # Errors
+    /// `EINVAL` for a bad size or flag; `EMFILE`, `ENFILE`, `ENOMEM`.
+    fn create_guest_memfd(&self, size: u64, flags: u64) -> Result<GuestMemfd, Errno>;
+
+    /// `KVM_SET_USER_MEMORY_REGION2`.
+    ///
+    /// # Errors
+    /// `EINVAL`, `EEXIST`, `EBADF`, `ENOMEM`, `EIO`, in the order of `kvm_set_memory_region()`.
+    ///
+    /// # Safety
+    /// While the slot exists, the guest may read and write `[userspace_addr, userspace_addr + memory_size)` of this
+    /// process: it must be memory that is meant for the guest, and stay so until the slot has been deleted.
+    #[allow(unsafe_code, reason = "the guest is let at an address range that only the caller can vouch for")]
+    unsafe fn set_user_memory_region2(&self, region: &MemoryRegion) -> Result<(), Errno>;
+
+    /// `KVM_SET_MEMORY_ATTRIBUTES`.
+    ///
+    /// # Errors
+    /// `EINVAL`, `ENOMEM` (nothing changed), `ENOTTY` where there are no attributes.
+    fn set_memory_attributes(&self, attributes: &MemoryAttributes) -> Result<(), Errno>;
+}
+
+/// The mechanisms of a vCPU fd.
+pub trait Vcpu: fmt::Debug + Send {
+    /// `KVM_PRE_FAULT_MEMORY`: maps the first pages of `range` and advances it past them. Never converts.
+    ///
+    /// # Errors
+    /// An error means that nothing was mapped: `EINTR`, `EAGAIN` (a slot is being replaced), `ENOENT` (shared, no slot),
+    /// `EFAULT` (private, no slot or no file), `EOPNOTSUPP` (not yet allowed), `EINVAL`, `EHWPOISON`, `ENOMEM`, `EIO`.
+    fn pre_fault_memory(&mut self, range: &mut PreFaultMemory) -> Result<(), Errno>;
+
+    /// `KVM_RUN`: runs the guest until it needs something. A memory fault, for which the ioctl fails, is an exit here.
+    ///
+    /// # Errors
+    /// `EINTR` and `EAGAIN` ask for another run; everything else is the end of this vCPU.
+    fn run(&mut self) -> Result<Exit<'_>, Errno>;
+}

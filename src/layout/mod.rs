@@ -261,3 +261,6 @@ impl Layout {
         self.files.get(&file).map_or(Clips::none(range), |bindings| bindings.clip(range))
     }
 }
+
+#[cfg(test)]
+mod tests;

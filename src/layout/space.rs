@@ -86,7 +86,8 @@ impl AddressSpace {
         let end = self.span().end().min(INDEXED);
         self.index.clear();
         let mut position = 0_usize;
-        let mut first = Some(Gfn::ZERO);
+        // Without slots there is no index either, as in a new space.
+        let mut first = if self.slots.is_empty() { None } else { Some(Gfn::ZERO) };
         while let Some(gib) = first {
             while self.slots.get(position).is_some_and(|slot| slot.gfns.end() <= gib) {
                 position = position.saturating_add(1);
@@ -95,6 +96,11 @@ impl AddressSpace {
             self.index.push(u32::try_from(position).unwrap_or(u32::MAX));
             first = if gib < end { gib.checked_add(PAGES_PER_1G) } else { None };
         }
+    }
+
+    #[cfg(test)]
+    pub(super) fn index_len(&self) -> usize {
+        self.index.len()
     }
 
     /// The slots, ascending by frame.

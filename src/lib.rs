@@ -11,5 +11,9 @@
 )]
 
 pub mod addr;
+pub mod backing;
+pub mod convert;
 pub mod gmem;
 pub mod hypervisor;
+pub mod layout;
+pub mod stats;

@@ -217,6 +217,27 @@ impl<F: Frame> PageRange<F> {
         Chunks { rest: *self, unit: pages.max(1).next_power_of_two() }
     }
 
+    /// Pieces of `pages` pages counted from the start, the last one shorter: the fewest that cover the range.
+    ///
+    /// ```
+    /// # use cvm_memory::addr::{Gfn, GfnRange};
+    /// # let r = |s, e| GfnRange::new(Gfn::new(s).unwrap(), Gfn::new(e).unwrap()).unwrap();
+    /// assert_eq!(r(500, 1100).split_every(512).collect::<Vec<_>>(), [r(500, 1012), r(1012, 1100)]);
+    /// ```
+    pub fn split_every(&self, pages: u64) -> impl Iterator<Item = Self> + use<F> {
+        let pages = pages.max(1);
+        let mut rest = *self;
+        std::iter::from_fn(move || {
+            if rest.is_empty() {
+                return None;
+            }
+            let cut = F::from_index(rest.start.index().saturating_add(pages)).map_or(rest.end, |at| at.min(rest.end));
+            let piece = Self { start: rest.start, end: cut };
+            rest.start = cut;
+            Some(piece)
+        })
+    }
+
     /// Every page, ascending.
     pub fn iter(&self) -> Frames<F> {
         Frames { rest: *self }

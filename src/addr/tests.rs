@@ -105,6 +105,15 @@ proptest! {
     }
 
     #[test]
+    fn pieces_cover_exactly_and_are_fewest(a in any_range(), size in 1u64..40) {
+        let pieces: Vec<GfnRange> = a.split_every(size).collect();
+        prop_assert_eq!(set(&pieces), pages(&a));
+        prop_assert!(is_canonical(&pieces));
+        prop_assert_eq!(pieces.len() as u64, a.pages().div_ceil(size));
+        prop_assert!(pieces.iter().all(|piece| piece.pages() <= size));
+    }
+
+    #[test]
     fn alignment_is_the_tightest(a in any_range(), shift in 0u32..6) {
         let unit = 1u64 << shift;
         let inner: BTreeSet<u64> =

@@ -35,26 +35,31 @@ bitflags! {
     }
 }
 
-/// Identity of a guest_memfd within this process; never reused.
+/// Identity of one guest_memfd within this process. Never reused, unlike a file descriptor.
+///
+/// ```
+/// use cvm_memory::gmem::FileId;
+/// assert_ne!(FileId::next(), FileId::next());
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct FileId(u64);
+pub struct FileId(
+    /// The number, as shown in messages.
+    pub u64,
+);
 
 impl FileId {
-    /// A new identity.
+    /// An identity that no earlier call has returned.
+    #[must_use]
     pub fn next() -> Self {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        // Relaxed: only the number has to be unique, nothing is published with it.
         Self(NEXT.fetch_add(1, Ordering::Relaxed))
-    }
-
-    /// The identity as a number, for display.
-    pub const fn get(self) -> u64 {
-        self.0
     }
 }
 
 impl fmt::Display for FileId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "gmem{}", self.0)
+        write!(f, "#{}", self.0)
     }
 }
 

@@ -1,0 +1,179 @@
+//! The memory behind the slots: shared mappings, guest_memfd files, and which of them a guest frame falls on.
+//!
+//! [`Layout`] says where memory is; a [`Space`] adds the owned things themselves, so that a range of guest frames can be
+//! turned into the file pages to punch and the mapped bytes to free. A `Space` is an immutable snapshot: whoever changes
+//! the layout publishes a new one. It performs no call and takes no decision.
+
+mod shared;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::addr::{FileRange, Gfn, GfnRange, PAGE_SHIFT};
+use crate::gmem::{FileId, GuestMemfd};
+use crate::layout::{Layout, LayoutError, Memslot, SlotId};
+
+pub use shared::{SharedBacking, SharedError, SharedMemory};
+
+/// Part of a shared backing: what one slot's `userspace_addr` points into.
+#[derive(Debug, Clone)]
+pub struct SharedSlice {
+    /// The mapping.
+    pub backing: Arc<dyn SharedBacking>,
+    /// Where the slot starts in it, in bytes.
+    pub offset: u64,
+}
+
+impl SharedSlice {
+    /// Address of the slice in this process.
+    pub fn hva(&self) -> u64 {
+        self.backing.hva().saturating_add(self.offset)
+    }
+}
+
+/// A run of guest frames whose private pages are contiguous in one file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PrivatePiece {
+    /// The frames.
+    pub gfns: GfnRange,
+    /// The file.
+    pub file: FileId,
+    /// Their pages in it.
+    pub pages: FileRange,
+}
+
+/// A run of guest frames whose shared memory is contiguous in one mapping.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SharedPiece {
+    /// The frames.
+    pub gfns: GfnRange,
+    /// The slot of the first of them.
+    pub slot: SlotId,
+    /// Address of the first of them in this process.
+    pub hva: u64,
+    /// Offset of the first of them in its backing, in bytes.
+    pub offset: u64,
+}
+
+/// The layout of a VM's memory together with the memory.
+#[derive(Debug, Clone)]
+pub struct Space {
+    layout: Layout,
+    files: BTreeMap<FileId, Arc<GuestMemfd>>,
+    shared: BTreeMap<SlotId, SharedSlice>,
+}
+
+impl Space {
+    /// No memory, within the limits of `layout`.
+    pub const fn new(layout: Layout) -> Self {
+        Self { layout, files: BTreeMap::new(), shared: BTreeMap::new() }
+    }
+
+    /// Where memory is.
+    pub const fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Adds slots: all of them, or none. Registers their files on first sight.
+    ///
+    /// # Errors
+    /// What [`Layout::insert_all`] refuses.
+    pub fn insert(
+        &mut self,
+        slots: Vec<(Memslot, SharedSlice, Option<Arc<GuestMemfd>>)>,
+    ) -> Result<(), LayoutError> {
+        let mut layout = self.layout.clone();
+        for file in slots.iter().filter_map(|(_, _, file)| file.as_ref()) {
+            if !self.files.contains_key(&file.id()) {
+                layout.register_file(file.id(), file.pages().pages())?;
+                self.files.insert(file.id(), Arc::clone(file));
+            }
+        }
+        layout.insert_all(slots.iter().map(|(slot, ..)| *slot))?;
+        self.layout = layout;
+        self.shared.extend(slots.into_iter().map(|(slot, shared, _)| (slot.id, shared)));
+        Ok(())
+    }
+
+    /// Takes slot `id` away. Its file stays.
+    ///
+    /// # Errors
+    /// [`LayoutError`] if there is no such slot.
+    pub fn remove(&mut self, id: SlotId) -> Result<Memslot, LayoutError> {
+        let slot = self.layout.remove(id)?;
+        self.shared.remove(&id);
+        Ok(slot)
+    }
+
+    /// The file `id`.
+    pub fn file(&self, id: FileId) -> Option<&Arc<GuestMemfd>> {
+        self.files.get(&id)
+    }
+
+    /// All files.
+    pub fn files(&self) -> impl Iterator<Item = &Arc<GuestMemfd>> {
+        self.files.values()
+    }
+
+    /// The shared memory of slot `id`.
+    pub fn shared(&self, id: SlotId) -> Option<&SharedSlice> {
+        self.shared.get(&id)
+    }
+
+    /// The shared backings, each once however many slots use it.
+    pub fn shared_backings(&self) -> Vec<&Arc<dyn SharedBacking>> {
+        let mut distinct: Vec<&Arc<dyn SharedBacking>> = self.shared.values().map(|slice| &slice.backing).collect();
+        distinct.sort_unstable_by_key(|backing| backing.hva());
+        distinct.dedup_by_key(|backing| backing.hva());
+        distinct
+    }
+
+    /// Address of `gfn`'s shared memory in this process, if it is memory at all.
+    pub fn hva(&self, gfn: Gfn) -> Option<u64> {
+        self.layout.table().lookup(gfn)?.hva_of(gfn)
+    }
+
+    /// The private side of `range`, ascending, neighbours in the same file joined even across slots.
+    pub fn private_pieces(&self, range: GfnRange) -> Vec<PrivatePiece> {
+        let mut pieces: Vec<PrivatePiece> = Vec::new();
+        for segment in self.layout.table().segments(range) {
+            let Some(slot) = segment.slot else { continue };
+            let Some(binding) = slot.binding else { continue };
+            let Some(pages) = segment.gfns.rebase(slot.gfns.start(), binding.start) else { continue };
+            match pieces.last_mut() {
+                Some(last)
+                    if last.file == binding.file
+                        && last.gfns.end() == segment.gfns.start()
+                        && last.pages.end() == pages.start() =>
+                {
+                    last.gfns = last.gfns.hull(&segment.gfns);
+                    last.pages = last.pages.hull(&pages);
+                }
+                _ => pieces.push(PrivatePiece { gfns: segment.gfns, file: binding.file, pages }),
+            }
+        }
+        pieces
+    }
+
+    /// The shared side of `range`, ascending, neighbours in the same mapping joined even across slots.
+    pub fn shared_pieces(&self, range: GfnRange) -> Vec<SharedPiece> {
+        let mut pieces: Vec<SharedPiece> = Vec::new();
+        for segment in self.layout.table().segments(range) {
+            let Some(slot) = segment.slot else { continue };
+            let Some(slice) = self.shared.get(&slot.id) else { continue };
+            let skip = segment.gfns.start().pages_from(slot.gfns.start()).unwrap_or(0) << PAGE_SHIFT;
+            let (hva, offset) = (slot.hva.saturating_add(skip), slice.offset.saturating_add(skip));
+            match pieces.last_mut() {
+                Some(last)
+                    if last.gfns.end() == segment.gfns.start()
+                        && last.hva.saturating_add(last.gfns.bytes()) == hva
+                        && self.shared.get(&last.slot).is_some_and(|l| Arc::ptr_eq(&l.backing, &slice.backing)) =>
+                {
+                    last.gfns = last.gfns.hull(&segment.gfns);
+                }
+                _ => pieces.push(SharedPiece { gfns: segment.gfns, slot: slot.id, hva, offset }),
+            }
+        }
+        pieces
+    }
+}

@@ -1,0 +1,200 @@
+//! The shared side of guest memory: what the host and its devices see.
+//!
+//! A slot's `userspace_addr` is a bare number to KVM; the guest reads and writes whatever lies there. [`SharedBacking`]
+//! is the promise that something does, for as long as the value lives. [`SharedMemory`] is the usual one, a memfd mapped
+//! whole; a VMM that has its own mappings implements the trait on them.
+#![allow(unsafe_code, reason = "declares the unsafe trait by which a mapping is vouched for, and vouches for our own")]
+
+use std::fmt;
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use memfd::MemfdOptions;
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::stat::fstat;
+use vm_memory::mmap::MmapRegionError;
+use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
+
+use crate::addr::PAGE_SIZE;
+
+/// Shared guest memory that is mapped in this process.
+///
+/// # Safety
+/// While the value lives, `[hva(), hva() + size())` is mapped readable and writable, is meant for the guest, and is
+/// nothing that Rust references point into: the guest may change it at any time.
+pub unsafe trait SharedBacking: fmt::Debug + Send + Sync {
+    /// Address in this process, page aligned. Never changes.
+    fn hva(&self) -> u64;
+
+    /// Size in bytes. Never changes.
+    fn size(&self) -> u64;
+
+    /// Bytes that can only be freed together: the page size of the backing, a power of two.
+    fn granule(&self) -> u64 {
+        PAGE_SIZE
+    }
+
+    /// Frees the memory of `[offset, offset + len)`, in bytes, which are multiples of [`granule`](Self::granule); it
+    /// reads as zeros then.
+    ///
+    /// # Errors
+    /// Whatever the system call gives; nothing may have been freed then.
+    fn discard(&self, offset: u64, len: u64) -> Result<(), Errno>;
+
+    /// Bytes of memory held now, or `None` where that cannot be told.
+    fn resident_bytes(&self) -> Option<u64>;
+}
+
+/// Why shared memory could not be made, read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum SharedError {
+    /// The size is zero or unaligned.
+    #[error("shared memory size {size:#x} is zero or unaligned")]
+    Size {
+        /// In bytes.
+        size: u64,
+    },
+    /// No memfd could be created.
+    #[error("create a memfd of {size:#x} bytes")]
+    Create {
+        /// In bytes.
+        size: u64,
+        /// Why.
+        #[source]
+        source: memfd::Error,
+    },
+    /// The memfd could not be sized.
+    #[error("size a memfd to {size:#x} bytes")]
+    Resize {
+        /// In bytes.
+        size: u64,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The memfd could not be mapped.
+    #[error("map {size:#x} bytes of shared memory")]
+    Map {
+        /// In bytes.
+        size: u64,
+        /// Why.
+        #[source]
+        source: MmapRegionError,
+    },
+    /// An access reached beyond the end.
+    #[error("shared memory access at {offset:#x}, {len:#x} bytes, beyond its {size:#x}")]
+    Beyond {
+        /// In bytes.
+        offset: u64,
+        /// In bytes.
+        len: u64,
+        /// In bytes.
+        size: u64,
+    },
+}
+
+/// Shared guest memory on a memfd of its own.
+///
+/// ```
+/// use cvm_memory::backing::{SharedBacking, SharedMemory};
+///
+/// let memory = SharedMemory::new(2 << 20)?;
+/// memory.write(0x1000, b"hello")?;
+/// let mut bytes = [0; 5];
+/// memory.read(0x1000, &mut bytes)?;
+/// assert_eq!(&bytes, b"hello");
+/// assert_eq!(memory.resident_bytes(), Some(4096));
+///
+/// memory.discard(0x1000, 0x1000)?;
+/// memory.read(0x1000, &mut bytes)?;
+/// assert_eq!(bytes, [0; 5]);
+/// assert_eq!(memory.resident_bytes(), Some(0));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug)]
+pub struct SharedMemory {
+    file: Arc<File>,
+    region: MmapRegion<()>,
+}
+
+impl SharedMemory {
+    /// `size` bytes, zeroed, allocated on first touch.
+    ///
+    /// # Errors
+    /// [`SharedError`] if the size is zero or unaligned, or memory or files run out.
+    pub fn new(size: u64) -> Result<Self, SharedError> {
+        let Some(length) = usize::try_from(size).ok().filter(|_| size != 0 && size & (PAGE_SIZE - 1) == 0) else {
+            return Err(SharedError::Size { size });
+        };
+        let file = MemfdOptions::new()
+            .close_on_exec(true)
+            .create("cvm-memory-shared")
+            .map_err(|source| SharedError::Create { size, source })?
+            .into_file();
+        file.set_len(size).map_err(|source| SharedError::Resize { size, source })?;
+        let file = Arc::new(file);
+        let region = MmapRegion::from_file(FileOffset::from_arc(Arc::clone(&file), 0), length)
+            .map_err(|source| SharedError::Map { size, source })?;
+        Ok(Self { file, region })
+    }
+
+    /// The memfd, to hand to a device process. Offset zero is the first byte.
+    pub const fn file(&self) -> &Arc<File> {
+        &self.file
+    }
+
+    /// The bytes `[offset, offset + len)`, which the guest may change at any time.
+    ///
+    /// # Errors
+    /// [`SharedError::Beyond`].
+    pub fn slice(&self, offset: u64, len: u64) -> Result<VolatileSlice<'_>, SharedError> {
+        let beyond = SharedError::Beyond { offset, len, size: self.size() };
+        let (Ok(start), Ok(length)) = (usize::try_from(offset), usize::try_from(len)) else { return Err(beyond) };
+        self.region.get_slice(start, length).map_err(|_| beyond)
+    }
+
+    /// Copies out of the memory.
+    ///
+    /// # Errors
+    /// [`SharedError::Beyond`].
+    pub fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<(), SharedError> {
+        self.slice(offset, bytes.len() as u64)?.copy_to(bytes);
+        Ok(())
+    }
+
+    /// Copies into the memory.
+    ///
+    /// # Errors
+    /// [`SharedError::Beyond`].
+    pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), SharedError> {
+        self.slice(offset, bytes.len() as u64)?.copy_from(bytes);
+        Ok(())
+    }
+}
+
+// SAFETY: the mapping is owned by `region`, lives as long as it, is readable and writable, and is handed out only as
+// volatile slices.
+unsafe impl SharedBacking for SharedMemory {
+    fn hva(&self) -> u64 {
+        self.region.as_ptr() as u64
+    }
+
+    fn size(&self) -> u64 {
+        self.region.size() as u64
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        let offset = i64::try_from(offset).map_err(|_| Errno::EINVAL)?;
+        let len = i64::try_from(len).map_err(|_| Errno::EINVAL)?;
+        let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        fallocate(self.file.as_fd(), hole, offset, len)
+    }
+
+    fn resident_bytes(&self) -> Option<u64> {
+        // st_blocks counts units of 512 bytes on every file system.
+        let blocks = u64::try_from(fstat(self.file.as_fd()).ok()?.st_blocks).ok()?;
+        blocks.checked_mul(512)
+    }
+}

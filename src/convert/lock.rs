@@ -1,0 +1,186 @@
+//! Locks on ranges of guest frames.
+//!
+//! One exclusive lock spans a conversion from the first look at the record to the last effect, so that KVM's attributes
+//! and the record cannot disagree; conversions of other ranges go on meanwhile. A shared lock is a *pin*: a device access
+//! in progress, for which a conversion waits, or on which it fails.
+//!
+//! The lock is fair enough: who waits for an exclusive lock keeps new pins out of its range. It is re-entrant nowhere: a
+//! thread that asks for what it holds is told so ([`LockError::Reentrant`]) instead of hanging. Readers of page state
+//! never come here.
+
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, ThreadId};
+use std::time::{Duration, Instant};
+
+use crate::addr::GfnRange;
+
+/// What a conversion does about device accesses that are in progress in its range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PinPolicy {
+    /// Waits so long for them to end, then fails.
+    Wait(Duration),
+    /// Fails at once.
+    Refuse,
+}
+
+impl Default for PinPolicy {
+    fn default() -> Self {
+        Self::Wait(Duration::from_secs(1))
+    }
+}
+
+/// Why a range could not be locked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum LockError {
+    /// A device access to part of the range did not end in time.
+    #[error("gfns {range} are pinned by a device access at gfns {pinned}")]
+    Pinned {
+        /// The range to be locked.
+        range: GfnRange,
+        /// The access.
+        pinned: GfnRange,
+    },
+    /// This thread holds a lock on part of the range: a listener asked for a conversion of what is being converted.
+    #[error("gfns {range} are already locked by this thread, at gfns {held}")]
+    Reentrant {
+        /// The range to be locked.
+        range: GfnRange,
+        /// What the thread holds.
+        held: GfnRange,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Shared,
+    Exclusive,
+    /// Somebody waits for an exclusive lock.
+    Wanted,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Entry {
+    id: u64,
+    range: GfnRange,
+    kind: Kind,
+    owner: ThreadId,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    next: u64,
+    entries: Vec<Entry>,
+}
+
+impl Table {
+    fn add(&mut self, range: GfnRange, kind: Kind) -> u64 {
+        let id = self.next;
+        self.next = self.next.wrapping_add(1);
+        self.entries.push(Entry { id, range, kind, owner: thread::current().id() });
+        id
+    }
+
+    fn remove(&mut self, id: u64) {
+        self.entries.retain(|entry| entry.id != id);
+    }
+
+    fn find(&self, range: &GfnRange, kind: Kind) -> Option<&Entry> {
+        self.entries.iter().find(|entry| entry.kind == kind && entry.range.overlaps(range))
+    }
+}
+
+/// A lock for each range of guest frames.
+#[derive(Debug, Default)]
+pub struct RangeLock {
+    table: Mutex<Table>,
+    changed: Condvar,
+}
+
+/// A locked range; unlocked on drop.
+#[derive(Debug)]
+pub struct RangeGuard<'a> {
+    lock: &'a RangeLock,
+    id: u64,
+    range: GfnRange,
+}
+
+impl RangeGuard<'_> {
+    /// The range.
+    pub const fn range(&self) -> GfnRange {
+        self.range
+    }
+}
+
+impl Drop for RangeGuard<'_> {
+    fn drop(&mut self) {
+        self.lock.table().remove(self.id);
+        self.lock.changed.notify_all();
+    }
+}
+
+impl RangeLock {
+    /// Locks `range`: waits for other exclusive holders, and for pins as `pins` says; `None` if pins do not matter,
+    /// because no pinned page is going to change.
+    ///
+    /// # Errors
+    /// [`LockError`].
+    pub fn exclusive(&self, range: GfnRange, pins: Option<PinPolicy>) -> Result<RangeGuard<'_>, LockError> {
+        let me = thread::current().id();
+        let mut table = self.table();
+        if let Some(held) = table.find(&range, Kind::Exclusive).filter(|entry| entry.owner == me) {
+            return Err(LockError::Reentrant { range, held: held.range });
+        }
+        let wanted = table.add(range, Kind::Wanted);
+        let mut started = None;
+        let refused = loop {
+            // Exclusive holders first: they end by themselves, and pins may come and go meanwhile.
+            if table.find(&range, Kind::Exclusive).is_some() {
+                table = self.wait(table);
+                continue;
+            }
+            let (Some(pins), Some(pin)) = (pins, table.find(&range, Kind::Shared)) else { break None };
+            let refusal = LockError::Pinned { range, pinned: pin.range };
+            let PinPolicy::Wait(patience) = pins else { break Some(refusal) };
+            let left = patience.saturating_sub(started.get_or_insert_with(Instant::now).elapsed());
+            // A thread that waits for its own pin would wait in vain.
+            if pin.owner == me || left.is_zero() {
+                break Some(refusal);
+            }
+            table = self.changed.wait_timeout(table, left).unwrap_or_else(PoisonError::into_inner).0;
+        };
+        table.remove(wanted);
+        if let Some(refusal) = refused {
+            drop(table);
+            self.changed.notify_all();
+            return Err(refusal);
+        }
+        let id = table.add(range, Kind::Exclusive);
+        Ok(RangeGuard { lock: self, id, range })
+    }
+
+    /// Pins `range`: waits for those who have or want it exclusively.
+    ///
+    /// # Errors
+    /// [`LockError::Reentrant`] from within a conversion of part of the range.
+    pub fn shared(&self, range: GfnRange) -> Result<RangeGuard<'_>, LockError> {
+        let me = thread::current().id();
+        let mut table = self.table();
+        loop {
+            match table.find(&range, Kind::Exclusive) {
+                Some(held) if held.owner == me => return Err(LockError::Reentrant { range, held: held.range }),
+                None if table.find(&range, Kind::Wanted).is_none() => break,
+                _ => table = self.wait(table),
+            }
+        }
+        let id = table.add(range, Kind::Shared);
+        Ok(RangeGuard { lock: self, id, range })
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, table: MutexGuard<'a, Table>) -> MutexGuard<'a, Table> {
+        self.changed.wait(table).unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -11,3 +11,4 @@
 )]
 
 pub mod addr;
+pub mod page_set;

@@ -16,4 +16,5 @@ pub mod convert;
 pub mod gmem;
 pub mod hypervisor;
 pub mod layout;
+pub mod page_set;
 pub mod stats;

@@ -78,10 +78,7 @@ impl Space {
     ///
     /// # Errors
     /// What [`Layout::insert_all`] refuses.
-    pub fn insert(
-        &mut self,
-        slots: Vec<(Memslot, SharedSlice, Option<Arc<GuestMemfd>>)>,
-    ) -> Result<(), LayoutError> {
+    pub fn insert(&mut self, slots: Vec<(Memslot, SharedSlice, Option<Arc<GuestMemfd>>)>) -> Result<(), LayoutError> {
         let mut layout = self.layout.clone();
         for file in slots.iter().filter_map(|(_, _, file)| file.as_ref()) {
             if !self.files.contains_key(&file.id()) {

@@ -29,7 +29,7 @@ use std::sync::Arc;
 
 use arc_swap::{ArcSwap, Guard};
 
-use crate::addr::{Gfn, GfnRange, PAGES_PER_2M, PAGE_SIZE};
+use crate::addr::{Gfn, GfnRange, PAGE_SIZE, PAGES_PER_2M};
 use crate::backing::Space;
 use crate::hypervisor::Hypervisor;
 use crate::page_set::{PageSet, PageSetError};
@@ -232,8 +232,7 @@ impl Converter {
         let space = self.space.load();
         let memory = admit(request, &space)?;
         let private = request.to.is_private();
-        let differing: Vec<_> =
-            memory.iter().flat_map(|&gfns| self.declared.differing_runs(gfns, private)).collect();
+        let differing: Vec<_> = memory.iter().flat_map(|&gfns| self.declared.differing_runs(gfns, private)).collect();
         let seen = Snapshot {
             attributes: differing.iter().flat_map(|&gfns| self.materialised.differing_runs(gfns, private)).collect(),
             unsettled: differing.iter().flat_map(|&gfns| self.queue.left(gfns, request.to)).collect(),

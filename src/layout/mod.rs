@@ -16,9 +16,9 @@ mod memslot;
 mod space;
 mod table;
 
+pub use crate::gmem::FileId;
 pub use bindings::{BindError, Binding, Bindings, Clip, Clips, MAX_FILE_PAGES};
 pub use error::LayoutError;
-pub use crate::gmem::FileId;
 pub use memslot::{FileBinding, Memslot, SlotFlags, SlotId};
 pub use space::{AddressSpace, Location, Segment, Segments};
 pub use table::SlotTable;

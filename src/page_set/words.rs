@@ -1,0 +1,94 @@
+//! An array of atomic words, all zero, that costs memory only where it was written.
+//!
+//! The one unsafe file of the page set. It knows nothing of pages: a private anonymous mapping without reservation
+//! (`mmap(2)`, `MAP_NORESERVE`), seen as a slice. Loom and Miri get the same array on the heap, where their doubles of
+//! the atomics can live.
+
+pub(super) use backing::Words;
+
+#[cfg(not(any(loom, miri)))]
+mod backing {
+    #![allow(unsafe_code)] // mmap(2), munmap(2) and a slice over what they hold.
+
+    use std::num::NonZeroUsize;
+    use std::ops::Deref;
+    use std::ptr::NonNull;
+
+    use nix::Error;
+    use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
+
+    use super::super::sync::AtomicU64;
+
+    /// `len` zeroed words, mapped on first write.
+    pub(in super::super) struct Words {
+        base: NonNull<AtomicU64>,
+        len: usize,
+    }
+
+    impl Words {
+        pub(in super::super) fn zeroed(len: u64) -> Result<Self, Error> {
+            let len = usize::try_from(len.max(1)).map_err(|_| Error::ENOMEM)?;
+            let bytes = len.checked_mul(size_of::<AtomicU64>()).and_then(NonZeroUsize::new).ok_or(Error::ENOMEM)?;
+            let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
+            // SAFETY: no address is asked for, so no existing mapping can be replaced.
+            let base = unsafe { mmap_anonymous(None, bytes, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, flags) }?;
+            // A huge page per touched spot would undo the laziness. Only advice: kernels without huge pages refuse it.
+            // SAFETY: the range is the mapping just made, and the advice changes no contents.
+            let _ = unsafe { madvise(base, bytes.get(), MmapAdvise::MADV_NOHUGEPAGE) };
+            Ok(Self { base: base.cast(), len })
+        }
+    }
+
+    impl Deref for Words {
+        type Target = [AtomicU64];
+
+        #[inline]
+        fn deref(&self) -> &[AtomicU64] {
+            // SAFETY: `base` is page aligned and starts a mapping of `len` words that lives as long as `self`; zero
+            // bytes are valid atomics; nobody holds a `&mut` or writes it other than through these atomics.
+            unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.len) }
+        }
+    }
+
+    impl Drop for Words {
+        fn drop(&mut self) {
+            // SAFETY: exactly the mapping made in `zeroed`; every borrow of it ended with the borrow of `self`.
+            // An error could only mean that it is not mapped, and a drop has nobody to tell.
+            let _ = unsafe { munmap(self.base.cast(), size_of_val::<[AtomicU64]>(self)) };
+        }
+    }
+
+    // SAFETY: the mapping belongs to the process, not to a thread, and `Words` owns it alone.
+    unsafe impl Send for Words {}
+    // SAFETY: a shared `Words` gives out shared atomics and nothing else.
+    unsafe impl Sync for Words {}
+}
+
+#[cfg(any(loom, miri))]
+mod backing {
+    use std::ops::Deref;
+
+    use nix::Error;
+
+    use super::super::sync::AtomicU64;
+
+    /// `len` zeroed words on the heap.
+    pub(in super::super) struct Words(Box<[AtomicU64]>);
+
+    impl Words {
+        pub(in super::super) fn zeroed(len: u64) -> Result<Self, Error> {
+            let len = usize::try_from(len.max(1)).map_err(|_| Error::ENOMEM)?;
+            let mut words = Vec::new();
+            words.try_reserve_exact(len).map_err(|_| Error::ENOMEM)?;
+            words.extend((0..len).map(|_| AtomicU64::new(0)));
+            Ok(Self(words.into()))
+        }
+    }
+
+    impl Deref for Words {
+        type Target = [AtomicU64];
+        fn deref(&self) -> &[AtomicU64] {
+            &self.0
+        }
+    }
+}

@@ -13,8 +13,11 @@
 pub mod addr;
 pub mod backing;
 pub mod convert;
+pub mod exits;
 pub mod gmem;
 pub mod hypervisor;
 pub mod layout;
+pub mod memory;
 pub mod page_set;
+pub mod prefault;
 pub mod stats;

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::addr::{FileRange, Gfn, GfnRange, PAGE_SHIFT};
-use crate::gmem::{FileId, GuestMemfd};
+use crate::gmem::{FileId, GmemFlags, GuestMemfd};
 use crate::layout::{Layout, LayoutError, Memslot, SlotId};
 
 pub use shared::{SharedBacking, SharedError, SharedMemory};
@@ -79,16 +79,15 @@ impl Space {
     /// # Errors
     /// What [`Layout::insert_all`] refuses.
     pub fn insert(&mut self, slots: Vec<(Memslot, SharedSlice, Option<Arc<GuestMemfd>>)>) -> Result<(), LayoutError> {
-        let mut layout = self.layout.clone();
+        let mut next = self.clone();
         for file in slots.iter().filter_map(|(_, _, file)| file.as_ref()) {
-            if !self.files.contains_key(&file.id()) {
-                layout.register_file(file.id(), file.pages().pages())?;
-                self.files.insert(file.id(), Arc::clone(file));
+            if next.files.insert(file.id(), Arc::clone(file)).is_none() {
+                next.layout.register_file(file.id(), file.pages().pages())?;
             }
         }
-        layout.insert_all(slots.iter().map(|(slot, ..)| *slot))?;
-        self.layout = layout;
-        self.shared.extend(slots.into_iter().map(|(slot, shared, _)| (slot.id, shared)));
+        next.layout.insert_all(slots.iter().map(|(slot, ..)| *slot))?;
+        next.shared.extend(slots.into_iter().map(|(slot, shared, _)| (slot.id, shared)));
+        *self = next;
         Ok(())
     }
 
@@ -100,6 +99,12 @@ impl Space {
         let slot = self.layout.remove(id)?;
         self.shared.remove(&id);
         Ok(slot)
+    }
+
+    /// Whether the pages of `slot` can change state: they have a private side, and the file did not start out shared.
+    pub fn is_convertible(&self, slot: &Memslot) -> bool {
+        let file = slot.binding.and_then(|binding| self.files.get(&binding.file));
+        file.is_some_and(|file| !file.flags().contains(GmemFlags::INIT_SHARED))
     }
 
     /// The file `id`.
@@ -135,7 +140,7 @@ impl Space {
         let mut pieces: Vec<PrivatePiece> = Vec::new();
         for segment in self.layout.table().segments(range) {
             let Some(slot) = segment.slot else { continue };
-            let Some(binding) = slot.binding else { continue };
+            let Some(binding) = slot.binding.filter(|_| self.is_convertible(slot)) else { continue };
             let Some(pages) = segment.gfns.rebase(slot.gfns.start(), binding.start) else { continue };
             match pieces.last_mut() {
                 Some(last)

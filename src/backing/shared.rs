@@ -15,7 +15,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::stat::fstat;
 use vm_memory::mmap::MmapRegionError;
-use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
+use vm_memory::{FileOffset, MmapRegion, VolatileSlice};
 
 use crate::addr::PAGE_SIZE;
 
@@ -45,6 +45,16 @@ pub unsafe trait SharedBacking: fmt::Debug + Send + Sync {
 
     /// Bytes of memory held now, or `None` where that cannot be told.
     fn resident_bytes(&self) -> Option<u64>;
+
+    /// The bytes `[offset, offset + len)`, which the guest may change at any time; `None` beyond the end.
+    fn slice(&self, offset: u64, len: u64) -> Option<VolatileSlice<'_>> {
+        let end = offset.checked_add(len).filter(|end| *end <= self.size());
+        let address = usize::try_from(self.hva().checked_add(offset)?).ok();
+        let (Some(_), Some(address), Ok(length)) = (end, address, usize::try_from(len)) else { return None };
+        // SAFETY: the implementor promises that this part of the address space is mapped, readable and writable, and
+        // reached through nothing but volatile accesses, while `self` lives; so it is for the slice's lifetime.
+        Some(unsafe { VolatileSlice::new(std::ptr::with_exposed_provenance_mut(address), length) })
+    }
 }
 
 /// Why shared memory could not be made, read or written.
@@ -116,6 +126,7 @@ pub enum SharedError {
 #[derive(Debug)]
 pub struct SharedMemory {
     file: Arc<File>,
+    offset: u64,
     region: MmapRegion<()>,
 }
 
@@ -134,25 +145,30 @@ impl SharedMemory {
             .map_err(|source| SharedError::Create { size, source })?
             .into_file();
         file.set_len(size).map_err(|source| SharedError::Resize { size, source })?;
-        let file = Arc::new(file);
-        let region = MmapRegion::from_file(FileOffset::from_arc(Arc::clone(&file), 0), length)
-            .map_err(|source| SharedError::Map { size, source })?;
-        Ok(Self { file, region })
+        Self::of_file(Arc::new(file), 0, length)
     }
 
-    /// The memfd, to hand to a device process. Offset zero is the first byte.
-    pub const fn file(&self) -> &Arc<File> {
-        &self.file
-    }
-
-    /// The bytes `[offset, offset + len)`, which the guest may change at any time.
+    /// The bytes `[offset, offset + size)` of a file that can be mapped: a memfd of the caller's, a hugetlbfs file (whose
+    /// page size [`granule`](SharedBacking::granule) does not know), or a guest_memfd that starts out shared.
     ///
     /// # Errors
-    /// [`SharedError::Beyond`].
-    pub fn slice(&self, offset: u64, len: u64) -> Result<VolatileSlice<'_>, SharedError> {
-        let beyond = SharedError::Beyond { offset, len, size: self.size() };
-        let (Ok(start), Ok(length)) = (usize::try_from(offset), usize::try_from(len)) else { return Err(beyond) };
-        self.region.get_slice(start, length).map_err(|_| beyond)
+    /// [`SharedError`] if the part is empty, unaligned, beyond the end of the file, or cannot be mapped.
+    pub fn from_file(file: Arc<File>, offset: u64, size: u64) -> Result<Self, SharedError> {
+        match usize::try_from(size) {
+            Ok(length) if size != 0 && (offset | size) & (PAGE_SIZE - 1) == 0 => Self::of_file(file, offset, length),
+            _ => Err(SharedError::Size { size }),
+        }
+    }
+
+    fn of_file(file: Arc<File>, offset: u64, length: usize) -> Result<Self, SharedError> {
+        let region = MmapRegion::from_file(FileOffset::from_arc(Arc::clone(&file), offset), length)
+            .map_err(|source| SharedError::Map { size: length as u64, source })?;
+        Ok(Self { file, offset, region })
+    }
+
+    /// The file, to hand to a device process.
+    pub const fn file(&self) -> &Arc<File> {
+        &self.file
     }
 
     /// Copies out of the memory.
@@ -160,7 +176,7 @@ impl SharedMemory {
     /// # Errors
     /// [`SharedError::Beyond`].
     pub fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<(), SharedError> {
-        self.slice(offset, bytes.len() as u64)?.copy_to(bytes);
+        self.part(offset, bytes.len() as u64)?.copy_to(bytes);
         Ok(())
     }
 
@@ -169,8 +185,12 @@ impl SharedMemory {
     /// # Errors
     /// [`SharedError::Beyond`].
     pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), SharedError> {
-        self.slice(offset, bytes.len() as u64)?.copy_from(bytes);
+        self.part(offset, bytes.len() as u64)?.copy_from(bytes);
         Ok(())
+    }
+
+    fn part(&self, offset: u64, len: u64) -> Result<VolatileSlice<'_>, SharedError> {
+        self.slice(offset, len).ok_or(SharedError::Beyond { offset, len, size: self.size() })
     }
 }
 
@@ -178,7 +198,7 @@ impl SharedMemory {
 // volatile slices.
 unsafe impl SharedBacking for SharedMemory {
     fn hva(&self) -> u64 {
-        self.region.as_ptr() as u64
+        self.region.as_ptr().expose_provenance() as u64
     }
 
     fn size(&self) -> u64 {
@@ -186,6 +206,7 @@ unsafe impl SharedBacking for SharedMemory {
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        let offset = offset.checked_add(self.offset).ok_or(Errno::EINVAL)?;
         let offset = i64::try_from(offset).map_err(|_| Errno::EINVAL)?;
         let len = i64::try_from(len).map_err(|_| Errno::EINVAL)?;
         let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;

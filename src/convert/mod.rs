@@ -118,7 +118,7 @@ fn everything() -> GfnRange {
 /// The state of every page, and the way to change it. See the [module](self).
 #[derive(Debug)]
 pub struct Converter {
-    hypervisor: Arc<dyn Hypervisor>,
+    // Dropped in this order: the files before the VM.
     space: ArcSwap<Space>,
     /// Frames that the guest has been told are private.
     declared: PageSet,
@@ -129,6 +129,7 @@ pub struct Converter {
     queue: DiscardQueue,
     options: ConvertOptions,
     counters: Counters,
+    hypervisor: Arc<dyn Hypervisor>,
 }
 
 impl Converter {
@@ -206,6 +207,14 @@ impl Converter {
     /// [`LockError`].
     pub fn exclusive(&self, gfns: GfnRange) -> Result<RangeGuard<'_>, LockError> {
         self.locks.exclusive(gfns, Some(self.options.pins))
+    }
+
+    /// Keeps every conversion and materialisation out of `gfns`; device accesses may go on.
+    ///
+    /// # Errors
+    /// [`LockError::Reentrant`].
+    pub fn hold(&self, gfns: GfnRange) -> Result<RangeGuard<'_>, LockError> {
+        self.locks.exclusive(gfns, None)
     }
 
     /// Converts the request's pages, or refuses before any effect.
@@ -288,6 +297,32 @@ impl Converter {
     /// [`PageSetError`] if the record does not reach so far.
     pub fn declare_locked(&self, gfns: GfnRange, state: State) -> Result<(), PageSetError> {
         self.declared.set(gfns, state.is_private())
+    }
+
+    /// Takes back what [`declare_locked`](Self::declare_locked) and
+    /// [`materialise_locked`](Self::materialise_locked) did to memory that was not added after all.
+    ///
+    /// # Errors
+    /// [`StepError`]: KVM still has an attribute that nobody needs.
+    pub fn forget_locked(&self, gfns: GfnRange) -> Result<(), StepError> {
+        let space = self.space.load();
+        let executor = self.executor(&space);
+        executor.publish(gfns, State::Shared)?;
+        let set: Vec<_> = self.materialised.member_runs(gfns).collect();
+        for chunk in set.iter().flat_map(|gfns| gfns.split_every(self.rules().chunk)) {
+            executor.set_attributes(chunk, State::Shared)?;
+        }
+        Ok(())
+    }
+
+    /// Frees all that conversions have left within `gfns`, whose memory is about to go. The caller holds
+    /// [`exclusive`](Self::exclusive) over `gfns`.
+    ///
+    /// # Errors
+    /// As [`trim`](Self::trim).
+    pub fn settle_locked(&self, gfns: GfnRange) -> Result<u64, StepError> {
+        let private = self.trim_locked(gfns, State::Private)?;
+        Ok(private.saturating_add(self.trim_locked(gfns, State::Shared)?))
     }
 
     /// Frees up to `budget` bytes of what conversions have left; whole pieces, so a little more may be freed.

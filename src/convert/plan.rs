@@ -98,7 +98,7 @@ pub enum Refusal {
         hole: GfnRange,
     },
     /// Part of the range is memory that has no private side.
-    #[error("gfns {range} cannot change state: gfns {part}, slot {slot:#x}, have no guest_memfd")]
+    #[error("gfns {range} cannot change state: gfns {part}, slot {slot:#x}, have no private side")]
     NotConvertible {
         /// The range asked for.
         range: GfnRange,
@@ -163,7 +163,7 @@ pub fn admit(request: &Request, space: &Space) -> Result<Vec<GfnRange>, Refusal>
             None if request.to.is_private() => return Err(Refusal::Hole { range, hole: segment.gfns }),
             // Firmware declares whole device windows shared; there is nothing to do for them.
             None => {}
-            Some(slot) if slot.binding.is_none() => {
+            Some(slot) if !space.is_convertible(slot) => {
                 return Err(Refusal::NotConvertible { range, part: segment.gfns, slot: slot.id.raw() });
             }
             Some(_) => memory.push(segment.gfns),

@@ -1,0 +1,323 @@
+//! One entry point for vCPU exits that concern memory: what has happened, and what the VMM must do now.
+//!
+//! ```text
+//! run → Exit → VcpuExits::handle → Action
+//! ```
+//!
+//! A conversion that the guest asks for by hypercall or by touching a page in the other state is carried out; a page
+//! declared private ahead of use is materialised; the answer to a hypercall is written where KVM expects it. Everything
+//! else is told apart, so that a VMM need not guess: not our business, a guest that touches what is not there, a page
+//! the hardware has lost, a fault that comes back however often it is resolved. Nothing that a guest does makes this
+//! panic, wait for ever or spin: a vCPU whose identical fault has nothing left to resolve is reported
+//! ([`Action::Stuck`]) after a few repeats.
+//!
+//! It runs no vCPU. Mirrors sections `KVM_EXIT_HYPERCALL` and `KVM_EXIT_MEMORY_FAULT` of
+//! `Documentation/virt/kvm/api.rst`.
+
+mod limit;
+
+use std::fmt;
+use std::sync::Arc;
+
+use nix::errno::Errno;
+
+use crate::addr::{Gfn, Gpa};
+use crate::convert::{ConvertError, LockError, Outcome, Request, RequestError, State, StepError};
+use crate::hypervisor::{Exit, HypercallExit, MemoryFault};
+use crate::memory::CvmMemory;
+
+use limit::RateLimit;
+
+/// What the VMM must do.
+#[derive(Debug)]
+pub enum Action {
+    /// Enter the guest again. A hypercall's answer has been written.
+    Resume(Handled),
+    /// Not about page state: the VMM's own business.
+    NotOurs,
+    /// The guest did what cannot be resolved. The VM is whole: stop this vCPU, or inject what the platform has for it.
+    GuestError(GuestError),
+    /// The page's memory is broken. Convert it, punch it, inject a machine check, or stop.
+    HwPoison(Gpa),
+    /// The same fault came back again and again with nothing left to resolve.
+    Stuck(MemoryFault),
+    /// The kernel could not provide a private page (out of memory, file closed, platform refusal).
+    Unresolvable(MemoryFault),
+    /// A conversion could be neither completed nor undone. See [`Outcome::Poisoned`].
+    Poisoned(Outcome),
+}
+
+/// What was done before the guest is entered again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Handled {
+    /// Pages were converted.
+    Converted {
+        /// How many.
+        pages: u64,
+    },
+    /// Pages declared private were made so in KVM.
+    Materialised {
+        /// How many.
+        pages: u64,
+    },
+    /// Nothing was left to do: somebody else had done it, or the pages were in that state.
+    Unchanged,
+    /// The guest was told that its request failed, and that nothing has changed.
+    Refused,
+}
+
+/// What a guest did that cannot be resolved.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum GuestError {
+    /// A memory fault that is none.
+    #[error(transparent)]
+    Malformed(#[from] RequestError),
+    /// An access that would convert what cannot be converted.
+    #[error(transparent)]
+    Refused(#[from] ConvertError),
+    /// An access to what is not memory, or not any more.
+    #[error("{to} access to gfn {gfn:#x}, which is not memory")]
+    NotMemory {
+        /// The frame.
+        gfn: Gfn,
+        /// The state that the access has.
+        to: State,
+    },
+    /// The access would convert the page, and that is not allowed implicitly.
+    #[error("access that would make gfn {gfn:#x} {to}")]
+    Implicit {
+        /// The frame.
+        gfn: Gfn,
+        /// The state that the access has.
+        to: State,
+    },
+    /// The page could not be converted, and it was left as it was.
+    #[error("gfn {gfn:#x} could not be made {to}")]
+    Failed {
+        /// The frame.
+        gfn: Gfn,
+        /// The state that the access has.
+        to: State,
+        /// Why.
+        #[source]
+        cause: StepError,
+    },
+}
+
+/// How exits are handled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExitOptions {
+    /// Whether touching a page in the other state converts it. Without, it is a [`GuestError::Implicit`].
+    pub implicit_conversion: bool,
+    /// How often one vCPU may come back with an identical fault that left nothing to resolve.
+    pub repeats: u32,
+}
+
+impl Default for ExitOptions {
+    fn default() -> Self {
+        Self { implicit_conversion: true, repeats: 64 }
+    }
+}
+
+/// Handles the exits of one vCPU.
+///
+/// ```
+/// use cvm_memory::exits::{Action, VcpuExits};
+/// use cvm_memory::hypervisor::{Exit, Vcpu};
+/// use cvm_memory::memory::CvmMemory;
+/// use cvm_memory::soft::{GuestOp, SoftVm};
+/// use std::sync::Arc;
+///
+/// let vm = SoftVm::software_protected();
+/// let memory = Arc::new(CvmMemory::builder().ram(0, 4 << 20).build(Arc::new(vm.clone()))?);
+/// let mut exits = VcpuExits::new(Arc::clone(&memory));
+/// let mut vcpu = vm.create_vcpu();
+///
+/// // The guest asks for its first page to be shared (hypercall MAP_GPA_RANGE).
+/// vcpu.start(GuestOp::Hypercall { nr: 12, args: [0, 1, 0, 0, 0, 0] });
+/// loop {
+///     let mut exit = vcpu.run()?;
+///     if let Exit::Halt = exit {
+///         break;
+///     }
+///     match exits.handle(&mut exit) {
+///         Action::Resume(_) => {}
+///         other => panic!("{other:?}"),
+///     }
+/// }
+/// assert!(memory.write(cvm_memory::addr::Gpa(0), b"shared now").is_ok());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub struct VcpuExits {
+    memory: Arc<CvmMemory>,
+    options: ExitOptions,
+    last: Option<MemoryFault>,
+    repeated: u32,
+    log: RateLimit,
+}
+
+impl VcpuExits {
+    /// For one vCPU of the VM whose memory this is.
+    pub fn new(memory: Arc<CvmMemory>) -> Self {
+        Self::with_options(memory, ExitOptions::default())
+    }
+
+    /// With other options than the default ones.
+    pub fn with_options(memory: Arc<CvmMemory>, options: ExitOptions) -> Self {
+        Self { memory, options, last: None, repeated: 0, log: RateLimit::default() }
+    }
+
+    /// Handles one exit.
+    pub fn handle(&mut self, exit: &mut Exit<'_>) -> Action {
+        match exit {
+            Exit::Hypercall(hypercall) => self.hypercall(hypercall),
+            Exit::MemoryFault(fault) => self.memory_fault(fault),
+            _ => Action::NotOurs,
+        }
+    }
+
+    /// `KVM_HC_MAP_GPA_RANGE`: the answer is a positive errno for the guest.
+    fn hypercall(&mut self, exit: &mut HypercallExit<'_>) -> Action {
+        let Some(request) = Request::from_hypercall(exit) else { return Action::NotOurs };
+        self.forget();
+        let result = match request {
+            Ok(request) => self.memory.convert(&request).map_err(Refused::from),
+            Err(error) => Err(Refused::from(error)),
+        };
+        let (answer, action) = match result {
+            Ok(Outcome::Unchanged) => (0, Action::Resume(Handled::Unchanged)),
+            Ok(Outcome::Converted { pages }) => (0, Action::Resume(Handled::Converted { pages })),
+            Ok(Outcome::RolledBack { cause }) => {
+                self.log.warn(&cause);
+                (self.errno(true), Action::Resume(Handled::Refused))
+            }
+            Ok(poisoned @ Outcome::Poisoned { .. }) => (Errno::EINVAL as u64, Action::Poisoned(poisoned)),
+            Err(refused) => {
+                self.log.warn(&refused);
+                (self.errno(refused.is_transient()), Action::Resume(Handled::Refused))
+            }
+        };
+        *exit.ret = answer;
+        action
+    }
+
+    /// What to tell the guest: "try again" only to a guest that would.
+    fn errno(&self, transient: bool) -> u64 {
+        let errno = if transient && self.memory.platform().guest_retries { Errno::EAGAIN } else { Errno::EINVAL };
+        errno as u64
+    }
+
+    fn memory_fault(&mut self, fault: &MemoryFault) -> Action {
+        let request = match Request::from_fault(fault) {
+            Ok(request) => request,
+            Err(error) => return self.guest_error(error.into()),
+        };
+        match fault.errno {
+            Errno::EFAULT => {}
+            Errno::EHWPOISON => return Action::HwPoison(Gpa(fault.gpa)),
+            _ => return Action::Unresolvable(*fault),
+        }
+        let gfn = request.range.start();
+        let counters = &self.memory.converter().counters().requests;
+        match self.memory.state(gfn) {
+            // Declared private and touched as such: KVM has not been told yet, or something else is amiss.
+            Some(State::Private) if request.to.is_private() => {
+                let outcome = match self.memory.converter().materialise_around(gfn) {
+                    Ok(outcome) => outcome,
+                    Err(error) => return self.guest_error(error.into()),
+                };
+                if let Outcome::Converted { pages } = outcome {
+                    counters.private_faults.add(1);
+                    self.forget();
+                    return Action::Resume(Handled::Materialised { pages });
+                }
+                self.resolved(fault, gfn, request.to, outcome)
+            }
+            // Already what the access wants: another vCPU was faster, if it goes away.
+            Some(state) if state == request.to => self.unchanged(fault),
+            None => self.guest_error(GuestError::NotMemory { gfn, to: request.to }),
+            Some(_) if !self.options.implicit_conversion => {
+                self.guest_error(GuestError::Implicit { gfn, to: request.to })
+            }
+            Some(_) => match self.memory.convert(&request) {
+                Ok(outcome) => {
+                    if let Outcome::Converted { .. } = outcome {
+                        if request.to.is_private() {
+                            counters.private_faults.add(1);
+                        } else {
+                            counters.shared_faults.add(1);
+                        }
+                    }
+                    self.resolved(fault, gfn, request.to, outcome)
+                }
+                // The device access will end; the guest may ask again.
+                Err(ConvertError::Locked(LockError::Pinned { .. })) => self.unchanged(fault),
+                Err(error) => self.guest_error(error.into()),
+            },
+        }
+    }
+
+    fn resolved(&mut self, fault: &MemoryFault, gfn: Gfn, to: State, outcome: Outcome) -> Action {
+        match outcome {
+            Outcome::Unchanged => self.unchanged(fault),
+            Outcome::Converted { pages } => {
+                self.forget();
+                Action::Resume(Handled::Converted { pages })
+            }
+            Outcome::RolledBack { cause } => self.guest_error(GuestError::Failed { gfn, to, cause }),
+            poisoned @ Outcome::Poisoned { .. } => Action::Poisoned(poisoned),
+        }
+    }
+
+    /// Nothing was left to resolve. That may be a race that another vCPU has won; it cannot be one for ever.
+    fn unchanged(&mut self, fault: &MemoryFault) -> Action {
+        if self.last == Some(*fault) {
+            self.repeated = self.repeated.saturating_add(1);
+        } else {
+            self.last = Some(*fault);
+            self.repeated = 0;
+        }
+        if self.repeated < self.options.repeats {
+            return Action::Resume(Handled::Unchanged);
+        }
+        self.forget();
+        Action::Stuck(*fault)
+    }
+
+    fn guest_error(&mut self, error: GuestError) -> Action {
+        self.forget();
+        self.log.warn(&error);
+        Action::GuestError(error)
+    }
+
+    fn forget(&mut self) {
+        self.last = None;
+        self.repeated = 0;
+    }
+}
+
+impl fmt::Debug for VcpuExits {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VcpuExits")
+            .field("options", &self.options)
+            .field("last", &self.last)
+            .field("repeated", &self.repeated)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A hypercall that did not start.
+#[derive(Debug, thiserror::Error)]
+enum Refused {
+    #[error(transparent)]
+    Malformed(#[from] RequestError),
+    #[error(transparent)]
+    Convert(#[from] ConvertError),
+}
+
+impl Refused {
+    /// Whether asking again later could succeed.
+    const fn is_transient(&self) -> bool {
+        matches!(self, Self::Convert(ConvertError::Locked(LockError::Pinned { .. })))
+    }
+}

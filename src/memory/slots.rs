@@ -1,0 +1,293 @@
+//! Adding and removing slots.
+//!
+//! Checked against the layout first, with a precise reason, because KVM's errno has several meanings; then carried out
+//! in an order in which no vCPU can see half of it, with everything undone if a call fails. Mirrors
+//! `KVM_SET_USER_MEMORY_REGION2` (`kvm_set_memory_region()`): CREATE and DELETE only, since a slot with a guest_memfd
+//! knows nothing else.
+#![allow(unsafe_code, reason = "the one place that hands KVM an address, and it comes from a `SharedBacking`")]
+
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
+
+use nix::errno::Errno;
+
+use crate::addr::{AddrError, FilePage, FileRange, GfnRange};
+use crate::backing::{SharedSlice, Space};
+use crate::convert::{LockError, Outcome, StepError};
+use crate::gmem::GuestMemfd;
+use crate::hypervisor::MemoryRegion;
+use crate::layout::{FileBinding, LayoutError, Memslot, SlotFlags, SlotId};
+use crate::page_set::PageSetError;
+
+use super::{CvmMemory, Materialise};
+
+/// A slot to be added.
+#[derive(Debug, Clone)]
+pub struct SlotSpec {
+    /// Its id, or `None` for the lowest one that is free.
+    pub id: Option<SlotId>,
+    /// First byte, in guest physical address space.
+    pub gpa: u64,
+    /// Size in bytes.
+    pub size: u64,
+    /// Its shared memory, at least `size` bytes.
+    pub shared: SharedSlice,
+    /// Its private memory, from this page of the file on, or `None` for memory that is never private.
+    pub private: Option<(Arc<GuestMemfd>, FilePage)>,
+    /// Flags besides `KVM_MEM_GUEST_MEMFD`, which follows from `private`.
+    pub flags: SlotFlags,
+}
+
+/// Why a slot could not be added or removed. Unless it says otherwise, everything is as it was.
+#[derive(Debug, thiserror::Error)]
+pub enum SlotError {
+    /// Address or size is empty, unaligned or beyond the top.
+    #[error("slot at {gpa:#x}, {size:#x} bytes")]
+    Range {
+        /// First byte.
+        gpa: u64,
+        /// In bytes.
+        size: u64,
+        /// Why.
+        #[source]
+        error: AddrError,
+    },
+    /// The shared memory is shorter than the slot.
+    #[error("slot at {gpa:#x}: its {size:#x} bytes at offset {offset:#x} exceed the shared memory's {available:#x}")]
+    SharedTooShort {
+        /// First byte.
+        gpa: u64,
+        /// In bytes.
+        size: u64,
+        /// In bytes.
+        offset: u64,
+        /// In bytes.
+        available: u64,
+    },
+    /// The layout does not admit it.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// Every id is taken.
+    #[error("no slot id is free below {limit}")]
+    NoFreeId {
+        /// How many there are.
+        limit: u32,
+    },
+    /// The record of page state does not reach so far: see [`Builder::address_limit`](super::Builder::address_limit).
+    #[error("slot at gfns {gfns}")]
+    Record {
+        /// The frames.
+        gfns: GfnRange,
+        /// Why.
+        #[source]
+        error: PageSetError,
+    },
+    /// A conversion is in the way, or a device access that does not end.
+    #[error(transparent)]
+    Locked(#[from] LockError),
+    /// A step around the slot failed: an attribute, a listener, memory to be freed first.
+    #[error("slot at gfns {gfns}")]
+    Step {
+        /// The frames.
+        gfns: GfnRange,
+        /// Why.
+        #[source]
+        error: StepError,
+    },
+    /// KVM refused a slot that should have been fine.
+    #[error("set slot {slot:#x}, gfns {gfns}")]
+    Kvm {
+        /// The slot, as KVM numbers it.
+        slot: u32,
+        /// The frames.
+        gfns: GfnRange,
+        /// Why.
+        #[source]
+        errno: Errno,
+    },
+}
+
+impl CvmMemory {
+    /// Adds slots, all of them or none. New memory starts in the initial state; memory that was there before, in the
+    /// state it had.
+    ///
+    /// # Errors
+    /// [`SlotError`].
+    pub fn add_slots(&self, specs: Vec<SlotSpec>) -> Result<Vec<SlotId>, SlotError> {
+        let _editing = self.editing();
+        let current = self.converter.space().clone();
+        let mut next = Space::clone(&current);
+        let added = resolve(specs, &current)?;
+        let slots: Vec<Memslot> = added.iter().map(|(slot, ..)| *slot).collect();
+        let files: Vec<Option<Arc<GuestMemfd>>> = added.iter().map(|(_, _, file)| file.clone()).collect();
+        next.insert(added)?;
+        let hull = slots.iter().map(|slot| slot.gfns).reduce(|a, b| a.hull(&b));
+        let Some(hull) = hull else { return Ok(Vec::new()) };
+
+        let _guard = self.converter.exclusive(hull)?;
+        let mut undo = Undo { memory: self, fresh: Vec::new(), created: Vec::new(), armed: true };
+        for slot in slots.iter().filter(|slot| next.is_convertible(slot)) {
+            let fresh: Vec<GfnRange> = self.known.differing_runs(slot.gfns, true).collect();
+            for gfns in fresh {
+                let record = |error| SlotError::Record { gfns, error };
+                undo.fresh.push(gfns);
+                self.known.insert(gfns).map_err(record)?;
+                self.converter.declare_locked(gfns, self.initial).map_err(record)?;
+            }
+            // Before the slot exists, so that no vCPU sees it half done, and nothing has to be unmapped.
+            if self.materialise == Materialise::Eager
+                && let Outcome::RolledBack { cause: error } | Outcome::Poisoned { cause: error, .. } =
+                    self.converter.materialise_locked(slot.gfns, &next)
+            {
+                return Err(SlotError::Step { gfns: slot.gfns, error });
+            }
+        }
+        for (slot, file) in slots.iter().zip(&files) {
+            self.set_region(slot, slot.gfns.bytes(), file.as_deref())?;
+            undo.created.push(*slot);
+        }
+        self.converter.publish_space(next);
+        for slot in &slots {
+            if let Err(error) = self.converter.announce_locked(slot.gfns, true) {
+                let before = slots.iter().take_while(|other| other.id != slot.id);
+                for slot in before {
+                    // Unmapping cannot fail.
+                    let _unmapped = self.converter.announce_locked(slot.gfns, false);
+                }
+                self.converter.publish_space(Space::clone(&current));
+                return Err(SlotError::Step { gfns: slot.gfns, error });
+            }
+        }
+        undo.armed = false;
+        Ok(slots.iter().map(|slot| slot.id).collect())
+    }
+
+    /// Removes a slot. The state of its pages is remembered, and so are its file's pages; what deferred discards have
+    /// left there is freed first.
+    ///
+    /// The guest sees it go: keep every vCPU outside `KVM_RUN`, or know what it does without that memory.
+    ///
+    /// # Errors
+    /// [`SlotError`].
+    pub fn remove_slot(&self, id: SlotId) -> Result<(), SlotError> {
+        let _editing = self.editing();
+        let current = self.converter.space().clone();
+        let mut next = Space::clone(&current);
+        let slot = next.remove(id)?;
+        let gfns = slot.gfns;
+        let _guard = self.converter.exclusive(gfns)?;
+        let step = |error| SlotError::Step { gfns, error };
+        self.converter.settle_locked(gfns).map_err(step)?;
+        self.converter.announce_locked(gfns, false).map_err(step)?;
+        if let Err(error) = self.set_region(&slot, 0, None) {
+            self.converter.announce_locked(gfns, true).map_err(step)?;
+            return Err(error);
+        }
+        self.converter.publish_space(next);
+        Ok(())
+    }
+
+    /// Removes every slot, last one first, whatever fails on the way. For teardown: nobody else is about.
+    pub(super) fn remove_all_slots(&mut self) {
+        let current = self.converter.space().clone();
+        let slots: Vec<Memslot> = current.layout().table().slots().copied().collect();
+        for slot in slots.iter().rev() {
+            let freed = self.converter.settle_locked(slot.gfns);
+            let unmapped = self.converter.announce_locked(slot.gfns, false);
+            if let Some(error) = freed.err().or(unmapped.err()) {
+                tracing::warn!(%error, slot = slot.id.raw(), "memory left behind");
+            }
+            if let Err(error) = self.set_region(slot, 0, None) {
+                tracing::warn!(%error, "slot left behind");
+            }
+        }
+    }
+
+    /// `KVM_SET_USER_MEMORY_REGION2`; size zero deletes.
+    fn set_region(&self, slot: &Memslot, size: u64, file: Option<&GuestMemfd>) -> Result<(), SlotError> {
+        let counters = self.converter.counters();
+        counters.issued.set_user_memory_region2.add(1);
+        counters.naive.set_user_memory_region2.add(1);
+        let region = MemoryRegion {
+            slot: slot.id.raw(),
+            flags: slot.flags.bits(),
+            guest_phys_addr: slot.gfns.start_byte(),
+            memory_size: size,
+            userspace_addr: slot.hva,
+            guest_memfd_offset: slot.binding.map_or(0, |binding| binding.start.start_byte()),
+            guest_memfd: file.map_or(-1, |file| file.as_fd().as_raw_fd()),
+        };
+        // SAFETY: the address range lies within the slot's `SharedBacking` (checked by `resolve`), which is memory for
+        // the guest while it lives; the space published next, and so `self`, keeps it until the slot has been deleted.
+        unsafe { self.converter.hypervisor().set_user_memory_region2(&region) }.map_err(|errno| SlotError::Kvm {
+            slot: slot.id.raw(),
+            gfns: slot.gfns,
+            errno,
+        })
+    }
+}
+
+/// Takes back what an addition has done so far, last first.
+struct Undo<'a> {
+    memory: &'a CvmMemory,
+    fresh: Vec<GfnRange>,
+    created: Vec<Memslot>,
+    armed: bool,
+}
+
+impl Drop for Undo<'_> {
+    fn drop(&mut self) {
+        if !self.armed {
+            return;
+        }
+        for slot in self.created.iter().rev() {
+            if let Err(error) = self.memory.set_region(slot, 0, None) {
+                tracing::error!(%error, "a slot that was not wanted stays");
+            }
+        }
+        for &gfns in self.fresh.iter().rev() {
+            let forgotten = self.memory.converter.forget_locked(gfns);
+            let unknown = self.memory.known.remove(gfns);
+            if let Err(error) = forgotten {
+                tracing::error!(%error, "an attribute that was not wanted stays");
+            }
+            if let Err(error) = unknown {
+                tracing::error!(%error, "memory that was not wanted stays known");
+            }
+        }
+    }
+}
+
+type Added = (Memslot, SharedSlice, Option<Arc<GuestMemfd>>);
+
+/// Slots as asked for, with ids and addresses; checked as far as one slot goes.
+fn resolve(specs: Vec<SlotSpec>, space: &Space) -> Result<Vec<Added>, SlotError> {
+    let limit = space.layout().limits().slots_per_address_space;
+    let mut taken: Vec<SlotId> = space.layout().table().slots().map(|slot| slot.id).collect();
+    taken.extend(specs.iter().filter_map(|spec| spec.id));
+    taken.sort_unstable();
+    let mut candidates = (0..u16::try_from(limit).unwrap_or(u16::MAX))
+        .map(|id| SlotId { as_id: 0, id })
+        .filter(|id| taken.binary_search(id).is_err());
+    let mut slots = Vec::with_capacity(specs.len());
+    for spec in specs {
+        let SlotSpec { id, gpa, size, shared, private, flags } = spec;
+        let gfns = GfnRange::from_bytes(gpa, size).map_err(|error| SlotError::Range { gpa, size, error })?;
+        let (offset, available) = (shared.offset, shared.backing.size());
+        if offset.checked_add(size).is_none_or(|end| end > available) {
+            return Err(SlotError::SharedTooShort { gpa, size, offset, available });
+        }
+        let id = match id {
+            Some(id) => id,
+            None => candidates.next().ok_or(SlotError::NoFreeId { limit })?,
+        };
+        let binding = private.as_ref().map(|(file, start)| FileBinding { file: file.id(), start: *start });
+        if let Some((_, start)) = &private {
+            FileRange::with_len(*start, gfns.pages()).map_err(|error| SlotError::Range { gpa, size, error })?;
+        }
+        let flags = if binding.is_some() { flags | SlotFlags::GUEST_MEMFD } else { flags };
+        let slot = Memslot { id, gfns, hva: shared.hva(), flags, binding };
+        slots.push((slot, shared, private.map(|(file, _)| file)));
+    }
+    Ok(slots)
+}

@@ -33,10 +33,11 @@ need() { # PACKAGES COMMAND...
     [ -z "$absent" ] || die "not installed: $absent(Debian packages: $packages); tests/lab/setup installs them"
 }
 
+# Adds what is absent; upgrades nothing that is there.
 install_packages() {
     command -v apt-get >/dev/null || die "no apt-get here; install by hand: $*"
     [ "$(id -u)" = 0 ] || die "not root; run: apt-get install --no-install-recommends $*"
-    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@"; } >&2 ||
+    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-upgrade --no-install-recommends "$@"; } >&2 ||
         die "apt-get could not install: $*"
 }
 

@@ -14,12 +14,14 @@ use crate::hypervisor::{Exit, PreFaultMemory, Vcpu};
 /// A vCPU of the real KVM.
 pub struct KvmVcpu {
     fd: VcpuFd,
+    /// What the last `KVM_RUN` left in errno; a memory fault comes with one.
+    errno: Errno,
 }
 
 impl KvmVcpu {
     /// Takes over a vCPU. It may have run before.
     pub const fn new(fd: VcpuFd) -> Self {
-        Self { fd }
+        Self { fd, errno: Errno::UnknownErrno }
     }
 
     /// The vCPU fd, for everything that is not memory.
@@ -36,6 +38,38 @@ impl KvmVcpu {
     pub fn into_fd(self) -> VcpuFd {
         self.fd
     }
+
+    /// `KVM_RUN`, without a look at the exit: [`last_exit`](Self::last_exit) tells it.
+    ///
+    /// Together they are [`run`](Vcpu::run), for loops that borrow the exit only on the way out.
+    ///
+    /// # Errors
+    /// As `run`.
+    pub fn enter(&mut self) -> Result<(), Errno> {
+        // KVM only ever writes exit_reason: what completes the previous exit is remembered on its own side. It resets the
+        // field on the way into the guest, but not if it fails before that, while it completes that exit or looks at a
+        // signal. With the reset done here, a MEMORY_FAULT found below was written by this very call, whatever its errno.
+        self.fd.get_kvm_run().exit_reason = KVM_EXIT_UNKNOWN;
+        Errno::clear();
+        // kvm-ioctls takes a memory fault that comes with EFAULT or EHWPOISON for success and one with any other errno for
+        // failure, and tells the errno in the second case only. So its reading of the exit is dropped for our own.
+        let failed = self.fd.run().err().map(errno);
+        // Nothing has called the kernel since: success leaves errno as it was cleared, a fault shows its own.
+        self.errno = failed.unwrap_or_else(Errno::last);
+        match failed {
+            Some(errno) if exit::memory_fault(self.fd.get_kvm_run(), errno).is_none() => Err(errno),
+            _ => Ok(()),
+        }
+    }
+
+    /// Why the vCPU came back from the last [`enter`](Self::enter) or [`run`](Vcpu::run) that succeeded.
+    pub fn last_exit(&mut self) -> Exit<'_> {
+        let run = self.fd.get_kvm_run();
+        match exit::memory_fault(run, self.errno) {
+            Some(fault) => Exit::MemoryFault(fault),
+            None => exit::decode(run),
+        }
+    }
 }
 
 impl Vcpu for KvmVcpu {
@@ -51,24 +85,8 @@ impl Vcpu for KvmVcpu {
     }
 
     fn run(&mut self) -> Result<Exit<'_>, Errno> {
-        // KVM only ever writes exit_reason: what completes the previous exit is remembered on its own side. It resets the
-        // field on the way into the guest, but not if it fails before that, while it completes that exit or looks at a
-        // signal. With the reset done here, a MEMORY_FAULT found below was written by this very call, whatever its errno.
-        self.fd.get_kvm_run().exit_reason = KVM_EXIT_UNKNOWN;
-        Errno::clear();
-        // kvm-ioctls takes a memory fault that comes with EFAULT or EHWPOISON for success and one with any other errno for
-        // failure, and tells the errno in the second case only. So its reading of the exit is dropped for our own.
-        let failed = self.fd.run().err().map(errno);
-        // Nothing has called the kernel since: success leaves errno as it was cleared, a fault shows its own.
-        let errno = failed.unwrap_or_else(Errno::last);
-        let run = self.fd.get_kvm_run();
-        match exit::memory_fault(run, errno) {
-            Some(fault) => Ok(Exit::MemoryFault(fault)),
-            None => match failed {
-                Some(errno) => Err(errno),
-                None => Ok(exit::decode(run)),
-            },
-        }
+        self.enter()?;
+        Ok(self.last_exit())
     }
 }
 

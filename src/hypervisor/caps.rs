@@ -45,10 +45,18 @@ caps! {
     READONLY_MEM = 81, "KVM_CAP_READONLY_MEM";
     /// Address spaces; one where the VM has private memory.
     MULTI_ADDRESS_SPACE = 118, "KVM_CAP_MULTI_ADDRESS_SPACE";
+    /// `immediate_exit` of `kvm_run` is looked at.
+    IMMEDIATE_EXIT = 136, "KVM_CAP_IMMEDIATE_EXIT";
+    /// The dirty log is cleared by a call of its own, as a bit mask of what can be asked for.
+    MANUAL_DIRTY_LOG_PROTECT2 = 168, "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2";
+    /// The most bytes that a dirty ring can have.
+    DIRTY_LOG_RING = 192, "KVM_CAP_DIRTY_LOG_RING";
     /// Hypercalls that may exit, as a bit mask; bit 12 is MAP_GPA_RANGE.
     EXIT_HYPERCALL = 201, "KVM_CAP_EXIT_HYPERCALL";
     /// Emulation failures exit instead of raising #UD.
     EXIT_ON_EMULATION_FAILURE = 204, "KVM_CAP_EXIT_ON_EMULATION_FAILURE";
+    /// The most bytes that a dirty ring can have, where it is read with acquire and release.
+    DIRTY_LOG_RING_ACQ_REL = 223, "KVM_CAP_DIRTY_LOG_RING_ACQ_REL";
     /// `KVM_SET_USER_MEMORY_REGION2`.
     USER_MEMORY2 = 231, "KVM_CAP_USER_MEMORY2";
     /// Memory faults are described in `kvm_run`.
@@ -103,6 +111,8 @@ pub struct Capabilities {
     pub guest_memfd_flags: u64,
     /// Whether slots can be bound to them.
     pub user_memory2: bool,
+    /// Whether a memory fault says where and of which kind it was.
+    pub memory_fault_info: bool,
     /// Whether memory can be mapped ahead of use.
     pub pre_fault: bool,
     /// Hypercalls that may exit.
@@ -122,6 +132,7 @@ impl Capabilities {
             guest_memfd: ask(Cap::GUEST_MEMFD) != 0,
             guest_memfd_flags: ask(Cap::GUEST_MEMFD_FLAGS),
             user_memory2: ask(Cap::USER_MEMORY2) != 0,
+            memory_fault_info: ask(Cap::MEMORY_FAULT_INFO) != 0,
             pre_fault: ask(Cap::PRE_FAULT_MEMORY) != 0,
             exit_hypercall: ask(Cap::EXIT_HYPERCALL),
             readonly: ask(Cap::READONLY_MEM) != 0,

@@ -1,1 +1,14 @@
-//! Guests, fault injection and capability skips for testing code that uses [`cvm_memory`].
+//! What the tests and the examples of cvm-memory share: guests that do as they are told, a hypervisor that records and
+//! fails on demand, and skips that say what is missing.
+//!
+//! Not part of the library: everything here panics where a test would.
+
+pub mod guest;
+pub mod kvm_guest;
+pub mod recorder;
+pub mod skip;
+
+pub use guest::{Guest, GuestOp, Outcome};
+pub use kvm_guest::{KvmGuest, Placement, RealModeGuest};
+pub use recorder::{Call, Recorder};
+pub use skip::{kvm, private_kvm};

@@ -1,0 +1,158 @@
+//! Getting a vCPU out of `KVM_RUN`, from another thread.
+//!
+//! A signal alone may come just before the ioctl and be missed; `immediate_exit` alone is looked at only on the way in.
+//! Together nothing is missed, and no time matters.
+#![allow(unsafe_code, reason = "another thread writes to the vCPU's kvm_run, and a signal handler is installed")]
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError};
+use std::time::{Duration, Instant};
+
+use kvm_ioctls::VcpuFd;
+use nix::sys::pthread::{Pthread, pthread_kill, pthread_self};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+
+/// What gets a thread out of `KVM_RUN`.
+const SIGNAL: Signal = Signal::SIGUSR1;
+
+/// `immediate_exit` of a mapped `kvm_run`.
+struct ImmediateExit(*mut u8);
+
+// SAFETY: the byte is only accessed atomically, by whichever thread holds the lock around it.
+unsafe impl Send for ImmediateExit {}
+
+impl ImmediateExit {
+    fn set(&self, value: u8) {
+        // SAFETY: the pointer is into a mapping that outlives this value (`Kick` forgets it before the vCPU goes), and
+        // everybody writes this byte through here; KVM reads it at any time.
+        unsafe { AtomicU8::from_ptr(self.0) }.store(value, Ordering::SeqCst);
+    }
+}
+
+#[derive(Default)]
+struct State {
+    /// Until the vCPU goes.
+    exit: Option<ImmediateExit>,
+    /// Who is running the vCPU.
+    thread: Option<Pthread>,
+    /// When the watchdog kicks; `None` while the vCPU does not run.
+    deadline: Option<Instant>,
+    kicked: bool,
+}
+
+impl State {
+    fn set_immediate(&self, immediate: bool) {
+        if let Some(exit) = &self.exit {
+            exit.set((immediate || self.kicked).into());
+        }
+    }
+}
+
+/// Makes a vCPU return from `KVM_RUN`. Clones are for the same vCPU, and may outlive it.
+#[derive(Clone)]
+pub struct Kick(Arc<Shared>);
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+    expired: AtomicBool,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Kick {
+    pub(super) fn new(vcpu: &mut VcpuFd) -> Self {
+        static HANDLER: Once = Once::new();
+        HANDLER.call_once(|| {
+            extern "C" fn nothing(_: nix::libc::c_int) {}
+            let action = SigAction::new(SigHandler::Handler(nothing), SaFlags::empty(), SigSet::empty());
+            // SAFETY: a handler that does nothing may run anywhere.
+            unsafe { sigaction(SIGNAL, &action) }.expect("a valid signal");
+        });
+        let shared = Shared::default();
+        shared.lock().exit = Some(ImmediateExit(&raw mut vcpu.get_kvm_run().immediate_exit));
+        Self(Arc::new(shared))
+    }
+
+    /// Makes the run in progress, or else the next one, fail with `EINTR`.
+    pub fn kick(&self) {
+        Self::kick_locked(&mut self.0.lock());
+    }
+
+    fn kick_locked(state: &mut State) {
+        state.kicked = true;
+        state.set_immediate(true);
+        if let Some(thread) = state.thread {
+            // The thread is alive: it takes itself off under the lock that is held here.
+            pthread_kill(thread, SIGNAL).expect("a valid signal");
+        }
+    }
+
+    /// Makes the next run only complete what the last one left, or no longer so.
+    pub(super) fn set_immediate(&self, immediate: bool) {
+        self.0.lock().set_immediate(immediate);
+    }
+
+    /// The calling thread is about to run the vCPU, for at most `patience`.
+    pub(super) fn enter(&self, patience: Duration) {
+        let mut state = self.0.lock();
+        state.thread = Some(pthread_self());
+        state.deadline = Instant::now().checked_add(patience);
+        self.0.changed.notify_all();
+    }
+
+    /// The vCPU came back. Returns whether that was because it ran for too long.
+    pub(super) fn leave(&self, interrupted: bool) -> bool {
+        let mut state = self.0.lock();
+        state.thread = None;
+        state.deadline = None;
+        // A kick that came too late for a run that ended otherwise is kept for the next.
+        if interrupted && std::mem::take(&mut state.kicked) {
+            state.set_immediate(false);
+        }
+        interrupted && self.0.expired.swap(false, Ordering::SeqCst)
+    }
+
+    /// The vCPU goes.
+    pub(super) fn forget(&self) {
+        self.0.lock().exit = None;
+        self.0.changed.notify_all();
+    }
+
+    /// Kicks the vCPU when it has run for too long, until it goes.
+    pub(super) fn watch(&self) {
+        let kick = self.clone();
+        let watch = move || {
+            let mut state = kick.0.lock();
+            while state.exit.is_some() {
+                let now = Instant::now();
+                state = match state.deadline {
+                    None => kick.0.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+                    Some(deadline) if now < deadline => {
+                        let wait = kick.0.changed.wait_timeout(state, deadline - now);
+                        wait.unwrap_or_else(PoisonError::into_inner).0
+                    }
+                    Some(_) => {
+                        state.deadline = None;
+                        kick.0.expired.store(true, Ordering::SeqCst);
+                        Self::kick_locked(&mut state);
+                        state
+                    }
+                };
+            }
+        };
+        std::thread::Builder::new().name("vcpu watchdog".into()).spawn(watch).expect("a thread");
+    }
+}
+
+impl fmt::Debug for Kick {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Kick").field("kicked", &self.0.lock().kicked).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,104 @@
+//! 64-bit mode, with paging: reaches every guest physical address.
+
+use cvm_memory::hypervisor::kvm::KvmVm;
+use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
+
+use super::Placement;
+use super::mode::{Cpu, Mode, Step};
+use super::support::{EXCHANGE, STACK_TOP, STUBS, Support, TABLES};
+use super::tables::{SIZE, SPAN, Tables};
+
+// The stubs. All begin with a reload of CR3, as the tables change between operations.
+const COPY: u64 = 0x00;
+const FILL: u64 = 0x10;
+const CHECK: u64 = 0x20;
+const CALL: u64 = 0x30;
+const VMCALL: u64 = 0x40;
+const VMMCALL: u64 = 0x50;
+
+const CODE: [(u64, &[u8]); 6] = [
+    // mov %r8,%cr3; rep movsb (%rsi),(%rdi); hlt
+    (COPY, &[0x41, 0x0f, 0x22, 0xd8, 0xf3, 0xa4, 0xf4]),
+    // mov %r8,%cr3; rep stosb %al,(%rdi); hlt
+    (FILL, &[0x41, 0x0f, 0x22, 0xd8, 0xf3, 0xaa, 0xf4]),
+    // mov %r8,%cr3; repe scasb (%rdi),%al; hlt
+    (CHECK, &[0x41, 0x0f, 0x22, 0xd8, 0xf3, 0xae, 0xf4]),
+    // mov %r8,%cr3; call *%rdi; hlt
+    (CALL, &[0x41, 0x0f, 0x22, 0xd8, 0xff, 0xd7, 0xf4]),
+    // mov %r8,%cr3; vmcall; hlt
+    (VMCALL, &[0x41, 0x0f, 0x22, 0xd8, 0x0f, 0x01, 0xc1, 0xf4]),
+    // mov %r8,%cr3; vmmcall; hlt
+    (VMMCALL, &[0x41, 0x0f, 0x22, 0xd8, 0x0f, 0x01, 0xd9, 0xf4]),
+];
+
+/// A guest in 64-bit mode.
+#[derive(Debug)]
+pub struct LongMode {
+    cpu: Cpu,
+    tables: Tables,
+}
+
+impl Mode for LongMode {
+    const SIZE: u64 = TABLES + SIZE;
+    const CHUNK: u64 = SPAN;
+    /// `ret`
+    const RETURN: &'static [u8] = &[0xc3];
+
+    fn place(vm: &KvmVm, vcpu: u64) -> Placement {
+        // Right below 4 GiB there are firmware and interrupt controllers; this is the hole for 32-bit PCI devices.
+        Placement { slot: super::high_slot(vm, vcpu), gpa: 0xf000_0000 + vcpu * 0x10_0000 }
+    }
+
+    fn new(support: &Support, cpu: Cpu) -> Self {
+        for (offset, code) in CODE {
+            support.write(STUBS + offset, code);
+        }
+        Self { cpu, tables: Tables::new(support) }
+    }
+
+    fn limit(&self) -> u64 {
+        // Virtual addresses are positive ones.
+        1 << self.cpu.physical_bits.min(47)
+    }
+
+    fn sregs(&self, support: &Support, sregs: &mut kvm_sregs, _: &Step) {
+        // Accessed code and data segments, flat, present, for ring 0, with 4 KiB granularity.
+        let flat = kvm_segment { limit: 0xffff_ffff, present: 1, s: 1, g: 1, ..Default::default() };
+        let data = kvm_segment { selector: 0x10, type_: 0b0011, db: 1, ..flat };
+        sregs.cs = kvm_segment { selector: 0x08, type_: 0b1011, l: 1, ..flat };
+        (sregs.ds, sregs.es, sregs.ss, sregs.fs, sregs.gs) = (data, data, data, data, data);
+        sregs.cr0 = 0x8000_0031; // PG, NE, ET, PE
+        sregs.cr3 = support.gpa(TABLES);
+        sregs.cr4 = 0x20; // PAE
+        sregs.efer = 0x500; // LMA, LME
+    }
+
+    fn regs(&mut self, support: &Support, step: &Step) -> kvm_regs {
+        if let Some((gpa, len)) = step.target() {
+            self.tables.map(support, gpa, len);
+        }
+        let exchange = support.gpa(EXCHANGE);
+        let (stub, regs) = match *step {
+            Step::In { gpa, len } => (COPY, kvm_regs { rsi: gpa, rdi: exchange, rcx: len, ..Default::default() }),
+            Step::Out { gpa, len } => (COPY, kvm_regs { rsi: exchange, rdi: gpa, rcx: len, ..Default::default() }),
+            Step::Fill { gpa, len, byte } => {
+                (FILL, kvm_regs { rax: byte.into(), rdi: gpa, rcx: len, ..Default::default() })
+            }
+            Step::Check { gpa, len, byte } => {
+                (CHECK, kvm_regs { rax: byte.into(), rdi: gpa, rcx: len, ..Default::default() })
+            }
+            Step::Fetch { gpa } => (CALL, kvm_regs { rdi: gpa, ..Default::default() }),
+            Step::Hypercall { nr, args: [rbx, rcx, rdx, rsi] } => {
+                let stub = if self.cpu.vmmcall { VMMCALL } else { VMCALL };
+                (stub, kvm_regs { rax: nr, rbx, rcx, rdx, rsi, ..Default::default() })
+            }
+        };
+        kvm_regs {
+            rip: support.gpa(STUBS + stub),
+            rsp: support.gpa(STACK_TOP),
+            r8: support.gpa(TABLES),
+            rflags: 0x2,
+            ..regs
+        }
+    }
+}

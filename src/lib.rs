@@ -13,3 +13,4 @@
 pub mod addr;
 pub mod gmem;
 pub mod hypervisor;
+pub mod layout;

@@ -14,3 +14,4 @@ pub mod addr;
 pub mod gmem;
 pub mod hypervisor;
 pub mod layout;
+pub mod soft;

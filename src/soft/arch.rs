@@ -10,6 +10,7 @@ use std::fmt;
 
 use nix::errno::Errno;
 
+use super::fault::GuestView;
 use crate::addr::{FilePage, FileRange, Gfn, GfnRange};
 use crate::hypervisor::{Platform, VmType};
 
@@ -84,6 +85,8 @@ pub enum Step {
     },
     /// The guest gets an exception.
     Exception,
+    /// KVM gives the VM up.
+    KillVm,
 }
 
 /// A platform's own guest operation (validate a page, accept one, ask for a page state change), opaque to the generic code.
@@ -95,7 +98,7 @@ pub struct Instruction {
     pub nr: u64,
     /// Operands.
     pub args: [u64; 4],
-    /// How many times it was called before for this operation.
+    /// How many steps of this operation were executed before, those that faulted included.
     pub round: u64,
     /// What userspace answered to the last [`Step::Hypercall`].
     pub answer: Option<u64>,
@@ -196,8 +199,9 @@ pub trait Arch: fmt::Debug + Send + Sync {
         !self.platform().accesses_carry_privacy || [0, EINVAL, EAGAIN].contains(&ret)
     }
 
-    /// Executes a step of a platform's own guest operation. Called with no lock held.
-    fn instruction(&self, _instruction: &Instruction) -> Step {
+    /// Executes a step of a platform's own guest operation. Called under the MMU lock, shared: what `view` shows stays mapped
+    /// until this returns. Where it shows nothing, return [`Step::Fault`]; the step is then executed again.
+    fn instruction(&self, _view: &GuestView<'_>, _instruction: &Instruction) -> Step {
         Step::Exception
     }
 }

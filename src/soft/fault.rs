@@ -7,13 +7,13 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
-use super::arch::{Access, AccessKind, Denied};
+use super::arch::{Access, AccessKind, Denied, GmemPage};
 use super::host;
 use super::memslots::Slot;
-use super::mmu::{Spte, Target};
+use super::mmu::{Mmu, Spte, Target};
 use super::sync::read;
 use super::vm::Vm;
-use crate::addr::Gfn;
+use crate::addr::{Gfn, Gpa, PAGE_SIZE};
 use crate::hypervisor::MemoryFault;
 use crate::layout::SlotFlags;
 
@@ -67,6 +67,55 @@ pub(super) enum Walk {
     Failed(Errno),
 }
 
+/// Guest memory as the hardware finds it at one moment: mapped, or not.
+#[derive(Debug)]
+pub struct GuestView<'a> {
+    mmu: &'a Mmu,
+}
+
+impl<'a> GuestView<'a> {
+    pub(super) const fn new(mmu: &'a Mmu) -> Self {
+        Self { mmu }
+    }
+
+    /// The guest_memfd page that `gfn` is mapped to for accesses of that privacy, if it is.
+    pub fn gmem_page(&self, gfn: Gfn, private: bool) -> Option<GmemPage> {
+        self.mapped(gfn, private)?.target.gmem_page()
+    }
+
+    /// Whether `gfn` is mapped to anything for accesses of that privacy.
+    pub fn is_mapped(&self, gfn: Gfn, private: bool) -> bool {
+        self.mapped(gfn, private).is_some()
+    }
+
+    /// Reads within one page; `None` if it is not mapped or cannot be read.
+    pub fn read(&self, gpa: Gpa, private: bool, bytes: &mut [u8]) -> Option<()> {
+        copy(&self.mapped(gpa.gfn(), private)?.target, gpa.page_offset(), &mut Data::Read(bytes)).ok()
+    }
+
+    /// Writes within one page; `None` if it is not mapped or cannot be written.
+    pub fn write(&self, gpa: Gpa, private: bool, bytes: &[u8]) -> Option<()> {
+        let spte = self.mapped(gpa.gfn(), private).filter(|spte| spte.writable)?;
+        copy(&spte.target, gpa.page_offset(), &mut Data::Write(bytes)).ok()
+    }
+
+    fn mapped(&self, gfn: Gfn, private: bool) -> Option<&Spte> {
+        let spte = self.mmu.lookup(private, gfn)?;
+        (spte.private == private && !matches!(spte.target, Target::Mmio)).then_some(spte)
+    }
+}
+
+/// The bytes of an access, `offset` into the page.
+fn copy(target: &Target, offset: u64, data: &mut Data<'_>) -> Result<(), Errno> {
+    match (target, data) {
+        (Target::Gmem(file, page), Data::Read(bytes) | Data::Fetch(bytes)) => file.read_at(*page, offset, bytes),
+        (Target::Gmem(file, page), Data::Write(bytes)) => file.write_at(*page, offset, bytes),
+        (Target::Host(hva), Data::Read(bytes) | Data::Fetch(bytes)) => host::read(hva.saturating_add(offset), bytes),
+        (Target::Host(hva), Data::Write(bytes)) => host::write(hva.saturating_add(offset), bytes),
+        (Target::Mmio, _) => Err(Errno::EFAULT),
+    }
+}
+
 impl Vm {
     /// The access as the hardware does it, `offset` bytes into the page.
     pub(super) fn access(&self, gfn: Gfn, offset: u64, requested: bool, data: &mut Data<'_>) -> Walk {
@@ -84,16 +133,7 @@ impl Vm {
         if let Err(denied) = self.arch().check_access(&access) {
             return Walk::Denied(denied);
         }
-        let result = match (&spte.target, data) {
-            (Target::Gmem(file, page), Data::Read(bytes) | Data::Fetch(bytes)) => file.read_at(*page, offset, bytes),
-            (Target::Gmem(file, page), Data::Write(bytes)) => file.write_at(*page, offset, bytes),
-            (Target::Host(hva), Data::Read(bytes) | Data::Fetch(bytes)) => {
-                host::read(hva.saturating_add(offset), bytes)
-            }
-            (Target::Host(hva), Data::Write(bytes)) => host::write(hva.saturating_add(offset), bytes),
-            (Target::Mmio, _) => Err(Errno::EFAULT),
-        };
-        result.map_or_else(Walk::Failed, |()| Walk::Done)
+        copy(&spte.target, offset, data).map_or_else(Walk::Failed, |()| Walk::Done)
     }
 
     /// A fault at `gfn`. The caller is in an SRCU section, so that no slot it finds goes away under it.
@@ -103,7 +143,7 @@ impl Vm {
         let private = self.arch().access_is_private(requested, attribute);
         let exit = |errno| {
             let flags = if private { MemoryFault::PRIVATE } else { 0 };
-            Fault::Exit(MemoryFault { errno, flags, gpa: gfn.start_byte(), size: crate::addr::PAGE_SIZE })
+            Fault::Exit(MemoryFault { errno, flags, gpa: gfn.start_byte(), size: PAGE_SIZE })
         };
         if private != attribute {
             return exit(Errno::EFAULT);

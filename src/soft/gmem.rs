@@ -124,6 +124,24 @@ impl GmemFile {
         Ok(())
     }
 
+    /// Gives the page initial contents, if `fill` succeeds (`__kvm_gmem_populate()`). Under `invalidate_lock`, exclusive.
+    pub(super) fn populate(
+        &self,
+        page: FilePage,
+        contents: &mut [u8],
+        fill: impl FnOnce(&mut [u8]) -> Result<(), Errno>,
+    ) -> Result<(), Errno> {
+        let mut pages = lock(&self.pages);
+        let held = pages.entry(page).or_default();
+        if held.poisoned {
+            return Err(Errno::EHWPOISON);
+        }
+        fill(contents)?;
+        self.write_at(page, 0, contents)?;
+        held.up_to_date = true;
+        Ok(())
+    }
+
     /// The platform has destroyed what the page held; it stays in the file, and is zeroed before it is mapped again.
     pub(super) fn lose_contents(&self, page: FilePage) {
         if let Some(held) = lock(&self.pages).get_mut(&page) {
@@ -163,7 +181,7 @@ impl GmemFile {
     }
 }
 
-const PAGE_BYTES: usize = 1 << PAGE_SHIFT;
+pub(super) const PAGE_BYTES: usize = 1 << PAGE_SHIFT;
 
 /// An open guest_memfd: keeps its VM alive, and is closed on drop.
 #[derive(Debug)]

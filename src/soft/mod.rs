@@ -33,6 +33,7 @@ mod hypervisor;
 mod memslots;
 mod mmu;
 mod ops;
+mod populate;
 mod region;
 mod sync;
 mod vcpu;
@@ -52,6 +53,7 @@ use vm::Vm;
 
 pub use arch::{Access, AccessKind, Arch, AttributeDecides, Denied, GmemPage, Instruction, Plain, Step, Tagged};
 pub use counters::Counters;
+pub use fault::GuestView;
 pub use ops::{GuestOp, OpResult};
 pub use vcpu::{ImmediateExit, SoftVcpu};
 pub use vm::Event;
@@ -150,6 +152,25 @@ impl SoftVm {
         let file = self.vm.file_by_fd(file.as_fd().as_raw_fd())?;
         self.vm.poison_page(&file, page);
         Ok(())
+    }
+
+    /// `kvm_gmem_populate()`, which the launch commands of confidential VMs are built on: puts the initial contents into up to
+    /// `pages` private pages from `start`, not beyond the end of the slot. Contents come from address `source` of this process,
+    /// or are zeroes. `each` is the platform's part for one page, given the page, its frame and the contents; a page for which
+    /// it fails keeps none. Returns the number of pages done, which is less than asked if a later one failed.
+    ///
+    /// # Errors
+    /// Those of the first page: `EINVAL` without a slot, without a file, or for a page that is not private; `EFAULT` for a
+    /// closed file or a bad source; `EHWPOISON`; whatever `each` gives.
+    pub fn populate(
+        &self,
+        start: Gfn,
+        pages: u64,
+        source: Option<u64>,
+        each: &mut dyn FnMut(GmemPage, Gfn, &mut [u8]) -> Result<(), Errno>,
+    ) -> Result<u64, Errno> {
+        self.vm.check_alive()?;
+        self.vm.populate(start, pages, source, each)
     }
 
     /// System calls made so far.

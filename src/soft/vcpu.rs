@@ -10,7 +10,7 @@ use nix::errno::Errno;
 
 use super::arch::{AccessKind, Denied, Step};
 use super::counters::Call;
-use super::fault::{Data, Fault, Walk};
+use super::fault::{Data, Fault, GuestView, Walk};
 use super::ops::{GuestOp, OpResult, Running};
 use super::vm::Vm;
 use crate::addr::{Gfn, GfnRange, Gpa, PAGE_SIZE};
@@ -31,7 +31,8 @@ const EMULATION: u32 = 1;
 enum Pending {
     Nothing,
     MmioRead(usize),
-    Hypercall,
+    /// Of this number.
+    Hypercall(u64),
     /// #UD is queued.
     InvalidOpcode,
 }
@@ -125,8 +126,9 @@ impl SoftVcpu {
         self.result = Some(result);
     }
 
-    /// What userspace was asked for in the last exit (`complete_userspace_io`).
-    fn complete(&mut self) -> Result<(), Errno> {
+    /// What userspace was asked for in the last exit (`complete_userspace_io`). An operation of the platform may need userspace
+    /// again at once, before the guest is entered.
+    fn complete(&mut self) -> Result<Option<Stop>, Errno> {
         let pending = std::mem::replace(&mut self.pending, Pending::Nothing);
         match pending {
             Pending::Nothing => {}
@@ -135,21 +137,23 @@ impl SoftVcpu {
                 let data = self.mmio;
                 self.absorb(data.get(..len).unwrap_or_default());
             }
-            Pending::Hypercall => {
+            Pending::Hypercall(nr) => {
                 let ret = self.hypercall_ret;
-                if let Some(running) = &mut self.running
-                    && matches!(running.op, GuestOp::Instruction { .. })
-                {
-                    running.answer = Some(ret);
-                } else {
-                    self.finish(OpResult::Hypercall(ret));
+                let refused = nr == HypercallExit::MAP_GPA_RANGE && !self.vm.arch().accepts_map_gpa_answer(ret);
+                match &mut self.running {
+                    Some(Running { op: GuestOp::Instruction { nr, args }, answer, .. }) if !refused => {
+                        let (nr, args) = (*nr, *args);
+                        *answer = Some(ret);
+                        return self.instruction_step(nr, args);
+                    }
+                    _ => self.finish(OpResult::Hypercall(ret)),
                 }
-                if !self.vm.arch().accepts_map_gpa_answer(ret) {
+                if refused {
                     return Err(Errno::EINVAL);
                 }
             }
         }
-        Ok(())
+        Ok(None)
     }
 
     fn absorb(&mut self, bytes: &[u8]) {
@@ -163,10 +167,13 @@ impl SoftVcpu {
 
     fn enter(&mut self) -> Result<Stop, Errno> {
         self.vm.check_alive()?;
-        self.complete()?;
+        if let Some(stop) = self.complete()? {
+            return Ok(stop);
+        }
         self.interrupted()?;
         self.vm.arch().may_run()?;
         while let Some(running) = &self.running {
+            self.vm.check_alive()?;
             let stop = match (&running.op, running.memory()) {
                 (_, Some((gpa, len, private))) => self.memory_step(gpa, len, private)?,
                 (GuestOp::Hypercall { nr, args }, _) => {
@@ -299,27 +306,34 @@ impl SoftVcpu {
     }
 
     const fn hypercall_exit(&mut self, nr: u64, args: [u64; 6]) -> Stop {
-        self.pending = Pending::Hypercall;
+        self.pending = Pending::Hypercall(nr);
         self.hypercall_ret = 0;
         Stop::Hypercall(nr, args)
     }
 
     fn instruction_step(&mut self, nr: u64, args: [u64; 4]) -> Result<Option<Stop>, Errno> {
-        self.interrupted()?;
         let Some(running) = &mut self.running else { return Ok(None) };
         let instruction = running.instruction(self.index, nr, args);
         running.round = running.round.saturating_add(1);
         running.answer = None;
-        match self.vm.arch().instruction(&instruction) {
+        let step = self.vm.arch().instruction(&GuestView::new(&self.vm.mmu()), &instruction);
+        match step {
             Step::Done(value) => self.finish(OpResult::Instruction(value)),
             Step::Exception => self.finish(OpResult::Exception),
             Step::Hypercall { nr, args } => return Ok(Some(self.hypercall_exit(nr, args))),
-            Step::Fault { gfn, kind, private } => match self.fault(gfn, kind, private)? {
-                Ok(()) => {}
-                Err(Fault::Exit(fault)) => return Ok(Some(Stop::Fault(fault))),
-                Err(Fault::BadAddress) => return Err(Errno::EFAULT),
-                Err(_) => self.finish(OpResult::Exception),
-            },
+            Step::KillVm => {
+                self.vm.kill();
+                return Err(Errno::EIO);
+            }
+            Step::Fault { gfn, kind, private } => {
+                self.interrupted()?;
+                match self.fault(gfn, kind, private)? {
+                    Ok(()) => {}
+                    Err(Fault::Exit(fault)) => return Ok(Some(Stop::Fault(fault))),
+                    Err(Fault::BadAddress) => return Err(Errno::EFAULT),
+                    Err(_) => self.finish(OpResult::Exception),
+                }
+            }
         }
         Ok(None)
     }

@@ -20,4 +20,5 @@ pub mod layout;
 pub mod memory;
 pub mod page_set;
 pub mod prefault;
+pub mod soft;
 pub mod stats;

@@ -1,0 +1,207 @@
+//! A vCPU's access to one page: through its mapping if there is one, else by a fault that makes one.
+//!
+//! Mirrors `kvm_mmu_faultin_pfn()`, `kvm_tdp_mmu_page_fault()` and `kvm_handle_noslot_fault()` (`arch/x86/kvm/mmu/mmu.c`)
+//! and `kvm_gmem_get_pfn()` (`virt/kvm/guest_memfd.c`).
+
+use std::sync::Arc;
+
+use nix::errno::Errno;
+
+use super::arch::{Access, AccessKind, Denied, GmemPage};
+use super::host;
+use super::memslots::Slot;
+use super::mmu::{Mmu, Spte, Target};
+use super::sync::read;
+use super::vm::Vm;
+use crate::addr::{Gfn, Gpa, PAGE_SIZE};
+use crate::hypervisor::MemoryFault;
+use crate::layout::SlotFlags;
+
+/// What a fault came to.
+#[derive(Debug)]
+pub(super) enum Fault {
+    /// The page is mapped.
+    Mapped,
+    /// Something changed meanwhile: access again.
+    Retry,
+    /// The slot is being deleted or moved: access again, but let its updater go on first.
+    SlotInvalid,
+    /// `KVM_EXIT_MEMORY_FAULT`.
+    Exit(MemoryFault),
+    /// Shared access without a slot.
+    NoSlot,
+    /// Write to a read-only slot.
+    ReadOnly,
+    /// The slot's address in this process cannot be accessed. `KVM_RUN` fails without an exit.
+    BadAddress,
+}
+
+/// The data of an access within one page.
+pub(super) enum Data<'a> {
+    Read(&'a mut [u8]),
+    Write(&'a [u8]),
+    Fetch(&'a mut [u8]),
+}
+
+impl Data<'_> {
+    pub(super) const fn kind(&self) -> AccessKind {
+        match self {
+            Self::Read(_) => AccessKind::Read,
+            Self::Write(_) => AccessKind::Write,
+            Self::Fetch(_) => AccessKind::Fetch,
+        }
+    }
+}
+
+/// What the hardware made of an access.
+pub(super) enum Walk {
+    /// It was carried out.
+    Done,
+    /// There is no mapping that allows it.
+    Fault,
+    /// The mapping says MMIO; KVM does not hear of it.
+    Mmio,
+    /// The platform would not have it.
+    Denied(Denied),
+    /// What the mapping points at cannot be accessed.
+    Failed(Errno),
+}
+
+/// Guest memory as the hardware finds it at one moment: mapped, or not.
+#[derive(Debug)]
+pub struct GuestView<'a> {
+    mmu: &'a Mmu,
+}
+
+impl<'a> GuestView<'a> {
+    pub(super) const fn new(mmu: &'a Mmu) -> Self {
+        Self { mmu }
+    }
+
+    /// The guest_memfd page that `gfn` is mapped to for accesses of that privacy, if it is.
+    pub fn gmem_page(&self, gfn: Gfn, private: bool) -> Option<GmemPage> {
+        self.mapped(gfn, private)?.target.gmem_page()
+    }
+
+    /// Whether `gfn` is mapped to anything for accesses of that privacy.
+    pub fn is_mapped(&self, gfn: Gfn, private: bool) -> bool {
+        self.mapped(gfn, private).is_some()
+    }
+
+    /// Reads within one page; `None` if it is not mapped or cannot be read.
+    pub fn read(&self, gpa: Gpa, private: bool, bytes: &mut [u8]) -> Option<()> {
+        copy(&self.mapped(gpa.gfn(), private)?.target, gpa.page_offset(), &mut Data::Read(bytes)).ok()
+    }
+
+    /// Writes within one page; `None` if it is not mapped or cannot be written.
+    pub fn write(&self, gpa: Gpa, private: bool, bytes: &[u8]) -> Option<()> {
+        let spte = self.mapped(gpa.gfn(), private).filter(|spte| spte.writable)?;
+        copy(&spte.target, gpa.page_offset(), &mut Data::Write(bytes)).ok()
+    }
+
+    fn mapped(&self, gfn: Gfn, private: bool) -> Option<&Spte> {
+        let spte = self.mmu.lookup(private, gfn)?;
+        (spte.private == private && !matches!(spte.target, Target::Mmio)).then_some(spte)
+    }
+}
+
+/// The bytes of an access, `offset` into the page.
+fn copy(target: &Target, offset: u64, data: &mut Data<'_>) -> Result<(), Errno> {
+    match (target, data) {
+        (Target::Gmem(file, page), Data::Read(bytes) | Data::Fetch(bytes)) => file.read_at(*page, offset, bytes),
+        (Target::Gmem(file, page), Data::Write(bytes)) => file.write_at(*page, offset, bytes),
+        (Target::Host(hva), Data::Read(bytes) | Data::Fetch(bytes)) => host::read(hva.saturating_add(offset), bytes),
+        (Target::Host(hva), Data::Write(bytes)) => host::write(hva.saturating_add(offset), bytes),
+        (Target::Mmio, _) => Err(Errno::EFAULT),
+    }
+}
+
+impl Vm {
+    /// The access as the hardware does it, `offset` bytes into the page.
+    pub(super) fn access(&self, gfn: Gfn, offset: u64, requested: bool, data: &mut Data<'_>) -> Walk {
+        let mmu = self.mmu();
+        let Some(spte) = mmu.lookup(requested, gfn) else { return Walk::Fault };
+        if matches!(spte.target, Target::Mmio) {
+            return if requested { Walk::Denied(Denied::Exception) } else { Walk::Mmio };
+        }
+        let private = self.arch().access_is_private(requested, spte.private);
+        let kind = data.kind();
+        if private != spte.private || (kind == AccessKind::Write && !spte.writable) {
+            return Walk::Fault;
+        }
+        let access = Access { gfn, kind, private, page: spte.target.gmem_page() };
+        if let Err(denied) = self.arch().check_access(&access) {
+            return Walk::Denied(denied);
+        }
+        copy(&spte.target, offset, data).map_or_else(Walk::Failed, |()| Walk::Done)
+    }
+
+    /// A fault at `gfn`. The caller is in an SRCU section, so that no slot it finds goes away under it.
+    pub(super) fn fault(&self, gfn: Gfn, kind: AccessKind, requested: bool) -> Fault {
+        let seq = self.mmu().seq();
+        let attribute = self.is_private(gfn);
+        let private = self.arch().access_is_private(requested, attribute);
+        let exit = |errno| {
+            let flags = if private { MemoryFault::PRIVATE } else { 0 };
+            Fault::Exit(MemoryFault { errno, flags, gpa: gfn.start_byte(), size: PAGE_SIZE })
+        };
+        if private != attribute {
+            return exit(Errno::EFAULT);
+        }
+        let slot = self.slots().find(0, gfn).cloned();
+        let Some(slot) = slot else {
+            return if private { exit(Errno::EFAULT) } else { self.no_slot(gfn) };
+        };
+        if slot.invalid {
+            return Fault::SlotInvalid;
+        }
+        if self.mmu().must_retry(seq, gfn) {
+            return Fault::Retry;
+        }
+        let from_file = private || slot.file.as_ref().is_some_and(|file| file.only);
+        let readonly = slot.flags.contains(SlotFlags::READONLY);
+        let target = if from_file {
+            match self.gmem_pfn(&slot, gfn) {
+                Ok(target) => target,
+                Err(errno) => return exit(errno),
+            }
+        } else {
+            if readonly && kind == AccessKind::Write {
+                return Fault::ReadOnly;
+            }
+            match slot.hva(gfn).filter(|hva| host::read(*hva, &mut [0]).is_ok()) {
+                Some(hva) => Target::Host(hva),
+                None => return Fault::BadAddress,
+            }
+        };
+        let mut mmu = self.mmu_mut();
+        if mmu.must_retry(seq, gfn) {
+            return Fault::Retry;
+        }
+        if let (true, Some(page)) = (private, target.gmem_page()) {
+            self.arch().mapped_private(gfn, page);
+        }
+        mmu.map(gfn, Spte { target, private, writable: !readonly });
+        Fault::Mapped
+    }
+
+    /// `kvm_gmem_get_pfn()`.
+    fn gmem_pfn(&self, slot: &Arc<Slot>, gfn: Gfn) -> Result<Target, Errno> {
+        let held = slot.file.as_ref().ok_or(Errno::EFAULT)?;
+        let page = slot.file_page(gfn).ok_or(Errno::EIO)?;
+        let file = held.get().ok_or(Errno::EFAULT)?;
+        if read(&file.bindings).find(page).map(|binding| binding.slot) != Some(slot.id) {
+            return Err(Errno::EIO);
+        }
+        file.get_page(self.arch(), page, gfn)?;
+        Ok(Target::Gmem(file, page))
+    }
+
+    /// `kvm_handle_noslot_fault()` for a shared access.
+    fn no_slot(&self, gfn: Gfn) -> Fault {
+        if self.arch().sticky_mmio() {
+            self.mmu_mut().map(gfn, Spte { target: Target::Mmio, private: false, writable: false });
+        }
+        Fault::NoSlot
+    }
+}

@@ -1,0 +1,397 @@
+//! A vCPU: runs one guest operation at a time, leaves for userspace where KVM would, and takes up where it left.
+//!
+//! Mirrors `kvm_arch_vcpu_ioctl_run()`, `kvm_emulate_hypercall()`, `complete_hypercall_exit()`, `complete_emulated_mmio()`
+//! (`arch/x86/kvm/x86.c`), `kvm_vcpu_pre_fault_memory()` (`virt/kvm/kvm_main.c`) and `kvm_tdp_map_page()`.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nix::errno::Errno;
+
+use super::arch::{AccessKind, Denied, Step};
+use super::counters::Call;
+use super::fault::{Data, Fault, GuestView, Walk};
+use super::ops::{GuestOp, OpResult, Running};
+use super::vm::Vm;
+use crate::addr::{Gfn, GfnRange, Gpa, PAGE_SIZE};
+use crate::hypervisor::{Exit, HypercallExit, MemoryFault, Mmio, PreFaultMemory, Vcpu};
+
+/// `KVM_HC_MAP_GPA_RANGE` as a bit of `KVM_CAP_EXIT_HYPERCALL`.
+pub(super) const MAP_GPA_RANGE_BIT: u64 = 1 << HypercallExit::MAP_GPA_RANGE;
+/// `-KVM_ENOSYS` and `-KVM_EINVAL`, as a guest finds them in its return register.
+const GUEST_ENOSYS: u64 = (-1000_i64).cast_unsigned();
+const GUEST_EINVAL: u64 = (-22_i64).cast_unsigned();
+/// The longest piece of an emulated access.
+const MMIO_BYTES: usize = 8;
+/// `KVM_INTERNAL_ERROR_EMULATION`.
+const EMULATION: u32 = 1;
+
+/// What the next run completes before the guest goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Pending {
+    Nothing,
+    MmioRead(usize),
+    /// Of this number.
+    Hypercall(u64),
+    /// #UD is queued.
+    InvalidOpcode,
+}
+
+/// Why the guest stopped; [`Exit`] without borrows.
+enum Stop {
+    Halt,
+    Fault(MemoryFault),
+    Hypercall(u64, [u64; 6]),
+    MmioRead(u64, usize),
+    MmioWrite(u64, usize),
+    EmulationFailure,
+}
+
+/// How a piece of memory access ended.
+enum Piece {
+    Done,
+    Mmio,
+    Exception,
+}
+
+/// Makes a vCPU leave the guest: `kvm_run.immediate_exit` and a signal in one. While it is set, `run` returns `EINTR` as soon
+/// as no access is half done.
+#[derive(Debug, Clone)]
+pub struct ImmediateExit(Arc<AtomicBool>);
+
+impl ImmediateExit {
+    /// Sets or clears it.
+    pub fn set(&self, exit: bool) {
+        self.0.store(exit, Ordering::Release);
+    }
+}
+
+/// A vCPU of a [`SoftVm`](super::SoftVm).
+#[derive(Debug)]
+pub struct SoftVcpu {
+    vm: Arc<Vm>,
+    index: u32,
+    running: Option<Running>,
+    result: Option<OpResult>,
+    pending: Pending,
+    interrupt: ImmediateExit,
+    mmio: [u8; MMIO_BYTES],
+    hypercall_ret: u64,
+}
+
+impl SoftVcpu {
+    pub(super) fn new(vm: Arc<Vm>) -> Self {
+        let index = vm.next_vcpu();
+        Self {
+            vm,
+            index,
+            running: None,
+            result: None,
+            pending: Pending::Nothing,
+            interrupt: ImmediateExit(Arc::new(AtomicBool::new(false))),
+            mmio: [0; MMIO_BYTES],
+            hypercall_ret: 0,
+        }
+    }
+
+    /// Its index within the VM, from zero.
+    pub const fn index(&self) -> u32 {
+        self.index
+    }
+
+    /// Gives the guest something to do; an operation that is not finished is forgotten. The next runs carry it out, and
+    /// [`Exit::Halt`] says that it is finished.
+    pub fn start(&mut self, op: GuestOp) {
+        self.running = Some(Running::new(op));
+        self.result = None;
+        self.pending = Pending::Nothing;
+    }
+
+    /// The result of the finished operation, once.
+    pub const fn take_result(&mut self) -> Option<OpResult> {
+        self.result.take()
+    }
+
+    /// The handle that makes it leave the guest, for another thread.
+    pub fn immediate_exit(&self) -> ImmediateExit {
+        self.interrupt.clone()
+    }
+
+    fn interrupted(&self) -> Result<(), Errno> {
+        if self.interrupt.0.load(Ordering::Acquire) { Err(Errno::EINTR) } else { Ok(()) }
+    }
+
+    fn finish(&mut self, result: OpResult) {
+        self.running = None;
+        self.result = Some(result);
+    }
+
+    /// What userspace was asked for in the last exit (`complete_userspace_io`). An operation of the platform may need userspace
+    /// again at once, before the guest is entered.
+    fn complete(&mut self) -> Result<Option<Stop>, Errno> {
+        let pending = std::mem::replace(&mut self.pending, Pending::Nothing);
+        match pending {
+            Pending::Nothing => {}
+            Pending::InvalidOpcode => self.finish(OpResult::Exception),
+            Pending::MmioRead(len) => {
+                let data = self.mmio;
+                self.absorb(data.get(..len).unwrap_or_default());
+            }
+            Pending::Hypercall(nr) => {
+                let ret = self.hypercall_ret;
+                let refused = nr == HypercallExit::MAP_GPA_RANGE && !self.vm.arch().accepts_map_gpa_answer(ret);
+                match &mut self.running {
+                    Some(Running { op: GuestOp::Instruction { nr, args }, answer, .. }) if !refused => {
+                        let (nr, args) = (*nr, *args);
+                        *answer = Some(ret);
+                        return self.instruction_step(nr, args);
+                    }
+                    _ => self.finish(OpResult::Hypercall(ret)),
+                }
+                if refused {
+                    return Err(Errno::EINVAL);
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    fn absorb(&mut self, bytes: &[u8]) {
+        let Some(running) = &mut self.running else { return };
+        if let Some(result) = running.absorb(bytes) {
+            self.finish(result);
+        } else {
+            running.advance(bytes.len());
+        }
+    }
+
+    fn enter(&mut self) -> Result<Stop, Errno> {
+        self.vm.check_alive()?;
+        if let Some(stop) = self.complete()? {
+            return Ok(stop);
+        }
+        self.interrupted()?;
+        self.vm.arch().may_run()?;
+        while let Some(running) = &self.running {
+            self.vm.check_alive()?;
+            let stop = match (&running.op, running.memory()) {
+                (_, Some((gpa, len, private))) => self.memory_step(gpa, len, private)?,
+                (GuestOp::Hypercall { nr, args }, _) => {
+                    let (nr, args) = (*nr, *args);
+                    self.hypercall(nr, args)
+                }
+                (GuestOp::Instruction { nr, args }, _) => {
+                    let (nr, args) = (*nr, *args);
+                    self.instruction_step(nr, args)?
+                }
+                _ => None,
+            };
+            if let Some(stop) = stop {
+                return Ok(stop);
+            }
+        }
+        Ok(Stop::Halt)
+    }
+
+    /// The part of a memory operation that lies in one page.
+    fn memory_step(&mut self, gpa: u64, len: u64, private: bool) -> Result<Option<Stop>, Errno> {
+        let Some(running) = &mut self.running else { return Ok(None) };
+        let left = len.saturating_sub(running.done);
+        if left == 0 {
+            let result = running.finish();
+            self.finish(result);
+            return Ok(None);
+        }
+        let Some(at) = gpa.checked_add(running.done).map(Gpa) else {
+            self.finish(OpResult::Exception);
+            return Ok(None);
+        };
+        let in_page = left.min(PAGE_SIZE.saturating_sub(at.page_offset()));
+        let size = usize::try_from(in_page).map_err(|_| Errno::EFAULT)?;
+        let fetch = matches!(running.op, GuestOp::Fetch { .. });
+        let output = running.output(size);
+        let mut input = vec![0; if output.is_some() { 0 } else { size }];
+        let mut data = match &output {
+            Some(bytes) => Data::Write(bytes),
+            None if fetch => Data::Fetch(&mut input),
+            None => Data::Read(&mut input),
+        };
+        match self.touch(at, private, &mut data)? {
+            Err(fault) => return Ok(Some(Stop::Fault(fault))),
+            Ok(Piece::Done) if output.is_some() => self.absorb(&output.unwrap_or_default()),
+            Ok(Piece::Done) => self.absorb(&input),
+            Ok(Piece::Exception) => self.finish(OpResult::Exception),
+            Ok(Piece::Mmio) if fetch => return Ok(Some(self.emulation_failure())),
+            Ok(Piece::Mmio) => return Ok(Some(self.emulated(at.get(), size.min(MMIO_BYTES), output.as_deref()))),
+        }
+        Ok(None)
+    }
+
+    /// One access within one page, as often as it takes. The inner error is an exit.
+    fn touch(&self, at: Gpa, private: bool, data: &mut Data<'_>) -> Result<Result<Piece, MemoryFault>, Errno> {
+        loop {
+            self.interrupted()?;
+            match self.vm.access(at.gfn(), at.page_offset(), private, data) {
+                Walk::Done => return Ok(Ok(Piece::Done)),
+                Walk::Mmio => return Ok(Ok(Piece::Mmio)),
+                Walk::Failed(errno) => return Err(errno),
+                Walk::Denied(Denied::Exception) => return Ok(Ok(Piece::Exception)),
+                Walk::Denied(Denied::KillVm) => self.vm.kill(),
+                Walk::Denied(Denied::Spin) => std::thread::yield_now(),
+                Walk::Fault => match self.fault(at.gfn(), data.kind(), private)? {
+                    Ok(()) => {}
+                    Err(Fault::Exit(fault)) => return Ok(Err(fault)),
+                    Err(Fault::BadAddress) => return Err(Errno::EFAULT),
+                    Err(_) => return Ok(Ok(Piece::Mmio)),
+                },
+            }
+            self.vm.check_alive()?;
+        }
+    }
+
+    /// One fault; `Ok` means to access again.
+    fn fault(&self, gfn: Gfn, kind: AccessKind, private: bool) -> Result<Result<(), Fault>, Errno> {
+        let fault = {
+            let _srcu = self.vm.srcu.enter();
+            self.vm.fault(gfn, kind, private)
+        };
+        match fault {
+            Fault::Mapped => Ok(Ok(())),
+            Fault::Retry | Fault::SlotInvalid => {
+                self.interrupted()?;
+                std::thread::yield_now();
+                Ok(Ok(()))
+            }
+            other => Ok(Err(other)),
+        }
+    }
+
+    /// An access that KVM emulates: a write has retired when userspace hears of it, a read waits for its data.
+    fn emulated(&mut self, gpa: u64, len: usize, output: Option<&[u8]>) -> Stop {
+        self.mmio = [0; MMIO_BYTES];
+        let Some(output) = output else {
+            self.pending = Pending::MmioRead(len);
+            return Stop::MmioRead(gpa, len);
+        };
+        for (to, from) in self.mmio.iter_mut().zip(output.iter().take(len)) {
+            *to = *from;
+        }
+        if let Some(running) = &mut self.running {
+            running.advance(len);
+        }
+        Stop::MmioWrite(gpa, len)
+    }
+
+    /// `handle_emulation_failure()` at privilege level 0.
+    fn emulation_failure(&mut self) -> Stop {
+        if !self.vm.exit_on_emulation_failure.load(Ordering::Acquire) {
+            self.pending = Pending::InvalidOpcode;
+        }
+        Stop::EmulationFailure
+    }
+
+    fn hypercall(&mut self, nr: u64, args: [u64; 4]) -> Option<Stop> {
+        let [gpa, pages, attributes, _] = args;
+        if nr != HypercallExit::MAP_GPA_RANGE || self.vm.exit_hypercall.load(Ordering::Acquire) & MAP_GPA_RANGE_BIT == 0
+        {
+            self.finish(OpResult::Hypercall(GUEST_ENOSYS));
+            return None;
+        }
+        let gfn = Gpa(gpa).gfn().get();
+        if !Gpa(gpa).is_aligned() || gfn.wrapping_add(pages) <= gfn {
+            self.finish(OpResult::Hypercall(GUEST_EINVAL));
+            return None;
+        }
+        Some(self.hypercall_exit(nr, [gpa, pages, attributes, 0, 0, 0]))
+    }
+
+    const fn hypercall_exit(&mut self, nr: u64, args: [u64; 6]) -> Stop {
+        self.pending = Pending::Hypercall(nr);
+        self.hypercall_ret = 0;
+        Stop::Hypercall(nr, args)
+    }
+
+    fn instruction_step(&mut self, nr: u64, args: [u64; 4]) -> Result<Option<Stop>, Errno> {
+        let Some(running) = &mut self.running else { return Ok(None) };
+        let instruction = running.instruction(self.index, nr, args);
+        running.round = running.round.saturating_add(1);
+        running.answer = None;
+        let step = self.vm.arch().instruction(&GuestView::new(&self.vm.mmu()), &instruction);
+        match step {
+            Step::Done(value) => self.finish(OpResult::Instruction(value)),
+            Step::Exception => self.finish(OpResult::Exception),
+            Step::Hypercall { nr, args } => return Ok(Some(self.hypercall_exit(nr, args))),
+            Step::KillVm => {
+                self.vm.kill();
+                return Err(Errno::EIO);
+            }
+            Step::Fault { gfn, kind, private } => {
+                self.interrupted()?;
+                match self.fault(gfn, kind, private)? {
+                    Ok(()) => {}
+                    Err(Fault::Exit(fault)) => return Ok(Some(Stop::Fault(fault))),
+                    Err(Fault::BadAddress) => return Err(Errno::EFAULT),
+                    Err(_) => self.finish(OpResult::Exception),
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// `kvm_arch_vcpu_pre_fault_memory()` for one page: kind as the attribute says, a read as far as permissions go.
+    fn pre_fault_page(&self, gfn: Gfn) -> Result<(), Errno> {
+        if !self.vm.arch().pre_fault_allowed() {
+            return Err(Errno::EOPNOTSUPP);
+        }
+        loop {
+            self.interrupted()?;
+            self.vm.check_alive()?;
+            match self.vm.fault(gfn, AccessKind::Read, self.vm.is_private(gfn)) {
+                Fault::Mapped => return Ok(()),
+                Fault::Retry => std::thread::yield_now(),
+                Fault::SlotInvalid => return Err(Errno::EAGAIN),
+                Fault::Exit(fault) => return Err(fault.errno),
+                Fault::NoSlot => return Err(Errno::ENOENT),
+                Fault::ReadOnly | Fault::BadAddress => return Err(Errno::EFAULT),
+            }
+        }
+    }
+}
+
+impl Vcpu for SoftVcpu {
+    fn pre_fault_memory(&mut self, range: &mut PreFaultMemory) -> Result<(), Errno> {
+        self.vm.count(Call::PreFaultMemory);
+        self.vm.check_alive()?;
+        if range.flags != 0 {
+            return Err(Errno::EINVAL);
+        }
+        let gfns = GfnRange::from_bytes(range.gpa, range.size).map_err(|_| Errno::EINVAL)?;
+        // Held throughout, as the ioctl does: this is why an INVALID slot is an error here and not a reason to wait.
+        let _srcu = self.vm.srcu.enter();
+        let full = range.size;
+        for gfn in gfns {
+            if let Err(errno) = self.pre_fault_page(gfn) {
+                return if range.size == full { Err(errno) } else { Ok(()) };
+            }
+            range.gpa = range.gpa.saturating_add(PAGE_SIZE);
+            range.size = range.size.saturating_sub(PAGE_SIZE);
+        }
+        Ok(())
+    }
+
+    fn run(&mut self) -> Result<Exit<'_>, Errno> {
+        self.vm.count(Call::Run);
+        Ok(match self.enter()? {
+            Stop::Halt => Exit::Halt,
+            Stop::Fault(fault) => Exit::MemoryFault(fault),
+            Stop::Hypercall(nr, args) => Exit::Hypercall(HypercallExit { nr, args, ret: &mut self.hypercall_ret }),
+            Stop::MmioRead(gpa, len) => {
+                Exit::Mmio(Mmio::Read { gpa, data: self.mmio.get_mut(..len).unwrap_or_default() })
+            }
+            Stop::MmioWrite(gpa, len) => {
+                Exit::Mmio(Mmio::Write { gpa, data: self.mmio.get(..len).unwrap_or_default() })
+            }
+            Stop::EmulationFailure => Exit::InternalError { suberror: Some(EMULATION) },
+        })
+    }
+}

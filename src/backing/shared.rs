@@ -118,9 +118,9 @@ pub enum SharedError {
 /// assert_eq!(memory.resident_bytes(), Some(4096));
 ///
 /// memory.discard(0x1000, 0x1000)?;
+/// assert_eq!(memory.resident_bytes(), Some(0));
 /// memory.read(0x1000, &mut bytes)?;
 /// assert_eq!(bytes, [0; 5]);
-/// assert_eq!(memory.resident_bytes(), Some(0));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]

@@ -134,7 +134,7 @@ impl Default for ExitOptions {
 /// let mut vcpu = vm.create_vcpu();
 ///
 /// // The guest asks for its first page to be shared (hypercall MAP_GPA_RANGE).
-/// vcpu.start(GuestOp::Hypercall { nr: 12, args: [0, 1, 0, 0, 0, 0] });
+/// vcpu.start(GuestOp::Hypercall { nr: 12, args: [0, 1, 0, 0] });
 /// loop {
 ///     let mut exit = vcpu.run()?;
 ///     if let Exit::Halt = exit {

@@ -104,7 +104,7 @@ fn s07_forbidden_flags() {
 
     // Without a file either is fine, but read-only only where the VM has it.
     let plain = Memslot { flags: SlotFlags::READONLY | SlotFlags::LOG_DIRTY, ..shared(id, gfns(0, 1)) };
-    layout.clone().insert(plain).unwrap();
+    Layout::new(Limits::default()).insert(plain).unwrap();
     let protected = Layout::new(Limits { readonly: false, ..Limits::default() });
     refused(&protected, plain, LayoutError::ReadonlyUnsupported { id });
 }

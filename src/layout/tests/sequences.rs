@@ -34,7 +34,7 @@ impl Model {
         when(frames.is_empty(), "empty");
         when(frames.len() as u64 > limits.pages_per_slot, "size");
         when(frames.iter().any(|&frame| frame >= limits.top.get()), "top");
-        when(slot.hva % 4096 != 0, "hva");
+        when(!slot.hva.is_multiple_of(4096), "hva");
         when(u128::from(slot.hva) + 4096 * frames.len() as u128 > u128::from(limits.hva_end), "hva end");
         when(self.slots.iter().any(|held| held.id == slot.id), "id in use");
         let overlaps = |held: &Memslot| {
@@ -226,7 +226,7 @@ proptest! {
         let (first, rest) = accepted.split_at(accepted.len() / 2);
         let mut grown = Layout::from_slots(small(), files(), first.iter().copied()).unwrap();
         let before = grown.clone();
-        let batch: Vec<Memslot> = if spoiled { slots.clone() } else { rest.to_vec() };
+        let batch: Vec<Memslot> = if spoiled { slots } else { rest.to_vec() };
         let mut in_turn = before.clone();
         let each = batch.iter().try_for_each(|slot| in_turn.insert(*slot));
         let all = grown.insert_all(batch);

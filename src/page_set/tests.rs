@@ -6,7 +6,9 @@ use std::thread;
 use proptest::prelude::*;
 
 use super::*;
-use crate::addr::{PAGES_PER_1G, PAGES_PER_2M};
+#[cfg(not(miri))]
+use crate::addr::PAGES_PER_1G;
+use crate::addr::PAGES_PER_2M;
 
 /// Pages under one tag word.
 const TAG_WORD: u64 = 32 * PAGES_PER_2M;
@@ -130,6 +132,7 @@ fn the_message_names_range_and_capacity_in_hex() {
 }
 
 #[test]
+#[cfg(not(miri))]
 fn address_space_that_is_not_there_is_an_error() {
     for capacity in [crate::addr::MAX_PAGES, u64::MAX] {
         assert!(matches!(PageSet::new(capacity), Err(PageSetError::Map { .. })));

@@ -26,6 +26,13 @@ fn chunk(n: u64) -> GfnRange {
     range(n * CHUNK, (n + 1) * CHUNK)
 }
 
+/// A set of two chunks with these members.
+fn set_holding(ranges: &[GfnRange]) -> Arc<PageSet> {
+    let set = PageSet::new(2 * CHUNK).unwrap();
+    ranges.iter().for_each(|range| set.insert(*range).unwrap());
+    Arc::new(set)
+}
+
 /// What one thread does to the set.
 type Role = std::sync::Arc<dyn Fn(&PageSet) + Send + Sync>;
 
@@ -61,9 +68,7 @@ fn explore(before: &[GfnRange], roles: &[Role], after: impl Fn(&PageSet) + Send 
             let mut builder = loom::model::Builder::new();
             builder.preemption_bound = (roles.len() > 2).then_some(3);
             builder.check(move || {
-                let set = PageSet::new(2 * CHUNK).unwrap();
-                before.iter().for_each(|range| set.insert(*range).unwrap());
-                let set = Arc::new(set);
+                let set = set_holding(&before);
                 let others: Vec<_> = roles[1..]
                     .iter()
                     .cloned()
@@ -160,41 +165,45 @@ fn a_range_and_a_page_end_as_if_one_came_first() {
     }
 }
 
-/// The same with the range turned twice, so that an expansion can be overtaken and must start again, and with a reader
-/// to whom no page of the range may come and go.
+/// The same with the range turned twice, so that an expansion meets the chunk on either side or is overtaken, and with a
+/// reader to whom no page of the range may come and go.
 #[test]
-fn an_overtaken_expansion_starts_again() {
+fn an_overtaken_expansion_gives_way() {
     let roles = [writer(&[(chunk(0), false), (chunk(0), true)]), writer(&[(page(3), true)])];
     explore(&[page(4)], &roles, |set| assert_eq!(set.uniform(chunk(0)), Some(true)));
     let roles = [writer(&[(chunk(0), true)]), writer(&[(page(3), false)]), reader_never_told(70, true)];
     explore(&[page(4)], &roles, |set| assert!(set.contains(gfn(70))));
 }
 
-/// What a writer did before is visible to who sees the page changed, by tag or by leaf, and by the fill of another.
+/// What a writer did before is visible to who sees the page changed: by tag, by leaf, and by the fill of an expansion.
 #[test]
 fn who_sees_the_change_sees_what_came_before_it() {
     use loom::sync::atomic::{AtomicBool, Ordering::Relaxed};
-    for change in [page(3), chunk(0)] {
+
+    let changes = [vec![(page(70), true)], vec![(chunk(0), true)], vec![(chunk(0), true), (page(5), false)]];
+    for change in changes {
         for reads_first in [false, true] {
+            let change = change.clone();
             loom::model(move || {
-                let set = PageSet::new(2 * CHUNK).unwrap();
-                set.insert(page(70)).unwrap();
-                let shared = Arc::new((set, AtomicBool::new(false)));
-                let writes = move |shared: &(PageSet, AtomicBool)| {
-                    shared.1.store(true, Relaxed);
-                    shared.0.insert(change).unwrap();
+                let set = set_holding(&[page(4)]);
+                let before = Arc::new(AtomicBool::new(false));
+                let writes = {
+                    let (set, before, change) = (Arc::clone(&set), Arc::clone(&before), change.clone());
+                    move || {
+                        before.store(true, Relaxed);
+                        change.iter().for_each(|&(range, value)| set.set(range, value).unwrap());
+                    }
                 };
-                let reads = move |shared: &(PageSet, AtomicBool)| {
-                    assert!(!shared.0.contains(gfn(3)) || shared.1.load(Relaxed));
-                };
-                let other = Arc::clone(&shared);
-                let other = thread::spawn(move || if reads_first { writes(&other) } else { reads(&other) });
+                let reads = move || assert!(!set.contains(gfn(70)) || before.load(Relaxed));
                 if reads_first {
-                    reads(&shared)
+                    let other = thread::spawn(writes);
+                    reads();
+                    other.join().unwrap();
                 } else {
-                    writes(&shared)
+                    let other = thread::spawn(reads);
+                    writes();
+                    other.join().unwrap();
                 }
-                other.join().unwrap();
             });
         }
     }

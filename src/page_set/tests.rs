@@ -85,7 +85,7 @@ fn any_range() -> impl Strategy<Value = GfnRange> {
 }
 
 fn config() -> ProptestConfig {
-    let cases = if cfg!(miri) { 2 } else { 96 };
+    let cases = if cfg!(miri) { 1 } else { 96 };
     ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() }
 }
 
@@ -94,7 +94,7 @@ proptest! {
 
     #[test]
     fn any_sequence_leaves_the_pages_of_a_vec(
-        steps in prop::collection::vec((any_range(), any::<bool>(), any_range()), 1..if cfg!(miri) { 6 } else { 40 }),
+        steps in prop::collection::vec((any_range(), any::<bool>(), any_range()), 1..if cfg!(miri) { 4 } else { 40 }),
     ) {
         let set = PageSet::new(CAPACITY).unwrap();
         let mut model = Model(vec![false; CAPACITY as usize]);
@@ -103,8 +103,10 @@ proptest! {
             model.set(changed, value);
             check(&set, &model, asked);
         }
-        check(&set, &model, range(0, CAPACITY + 2 * TAG_WORD));
-        for page in range(0, CAPACITY + 70) {
+        // Miri has time for the last borders only.
+        let first = if cfg!(miri) { TAG_WORD - PAGES_PER_2M } else { 0 };
+        check(&set, &model, range(first, CAPACITY + if cfg!(miri) { 70 } else { 2 * TAG_WORD }));
+        for page in range(first, CAPACITY + 70) {
             prop_assert_eq!(set.contains(page), model.contains(page));
         }
     }
@@ -158,7 +160,7 @@ fn a_chunk_is_mixed_only_while_its_pages_differ() {
 /// Eight threads on the pages of one leaf word: whatever the interleaving, each page ends as its own thread left it.
 #[test]
 fn threads_on_one_leaf_word_lose_no_write() {
-    let rounds = if cfg!(miri) { 20 } else { 10_000 };
+    let rounds = if cfg!(miri) { 10 } else { 10_000 };
     let set = PageSet::new(CAPACITY).unwrap();
     let barrier = Barrier::new(8);
     let lasts: Vec<[bool; 8]> = thread::scope(|scope| {
@@ -196,7 +198,7 @@ fn threads_on_one_leaf_word_lose_no_write() {
 /// writer turns the other half of the word, and readers watch chunks that nobody changes.
 #[test]
 fn threads_on_one_tag_word_keep_to_their_chunks() {
-    let rounds = if cfg!(miri) { 5 } else { 5_000 };
+    let rounds = if cfg!(miri) { 2 } else { 5_000 };
     let set = PageSet::new(CAPACITY).unwrap();
     let still = range(8 * PAGES_PER_2M, 9 * PAGES_PER_2M);
     set.insert(still).unwrap();

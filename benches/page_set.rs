@@ -65,8 +65,8 @@ fn prepared(frag: bool) -> Vec<Box<dyn Store>> {
 }
 
 fn lookups(harness: &mut Harness) {
-    let rounds = harness.scale(15, 1);
-    let looks = harness.scale(200_000, 2_000);
+    let rounds = harness.scale(25, 1);
+    let looks = harness.scale(300_000, 2_000);
     let boot = prepared(false);
     for (name, span) in [("lookup_hot", 4096), ("lookup_tib", PAGES)] {
         lookup_pair(harness, name, &boot, span, rounds, looks);
@@ -122,10 +122,10 @@ fn converts(harness: &mut Harness) {
 
 fn iterates(harness: &mut Harness) {
     let stores = prepared(false);
-    let mut group = Group::new("iterate_boot_tib", "flat", 1);
+    let mut group = Group::new("iterate_boot_tib", "flat", 5);
     group.skip = &["vm-memory"]; // Bit by bit: most of a second.
     group.run(harness.scale(7, 1), &stores, |store, _| {
-        black_box(store.runs(whole(), false));
+        (0..5).for_each(|_| _ = black_box(store.runs(whole(), false)));
     });
     harness.report(&group);
     drop(stores);

@@ -7,6 +7,8 @@
 //!
 //! `--quick` (and `--test`, which `cargo test --benches` passes) runs everything once, small. `CVM_BENCH_GATE=1` fails
 //! the run if a gate is missed.
+#![allow(missing_docs)]
+#![allow(clippy::cast_possible_truncation, clippy::cast_precision_loss)] // 64-bit hosts; nanoseconds as f64.
 
 #[path = "page_set/harness.rs"]
 mod harness;

@@ -26,7 +26,8 @@
 //! that of a uniform tag which came *after* the mixed one it saw, and which was read by the filler *before* it filled:
 //! the page had this state at a moment between the reader's two loads. And if a writer of whole chunks comes between a
 //! page writer's look at the tag and its store to the leaf, then that store is seen only by readers who had found the
-//! chunk mixed before the change to uniform too; for them and for the writer, the store came first.
+//! chunk mixed before the change to uniform too; for them and for the writer, the store came first. An expansion so
+//! overtaken is dropped, for the same reason.
 //! Either way each call answers with a state current during it. Loom holds this (`models`).
 
 mod leaf;
@@ -197,16 +198,14 @@ impl PageSet {
     fn set_in_chunk(&self, first: u64, end: u64, value: bool) {
         let chunk = first >> CHUNK_SHIFT;
         let _stripe = self.stripes.lock(chunk);
-        loop {
-            match self.tags.load(chunk) {
-                Tag::Mixed => break,
-                Tag::Uniform(now) if now == value => return,
-                Tag::Uniform(now) => {
-                    self.leaf.fill(chunk, now);
-                    if self.tags.replace(chunk, Tag::Uniform(now), Tag::Mixed) {
-                        break;
-                    }
-                    // A writer of whole chunks was faster: the leaf was filled for a state that is no more.
+        match self.tags.load(chunk) {
+            Tag::Mixed => {}
+            Tag::Uniform(now) if now == value => return,
+            Tag::Uniform(now) => {
+                self.leaf.fill(chunk, now);
+                if !self.tags.replace(chunk, Tag::Uniform(now), Tag::Mixed) {
+                    // A writer of whole chunks came between: it had the last word on these pages too.
+                    return;
                 }
             }
         }

@@ -77,18 +77,16 @@ impl PageSet {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn runs(&self, range: GfnRange) -> impl Iterator<Item = (GfnRange, bool)> {
-        let mut rest = range;
+        let (mut page, end) = (range.start().get(), range.end().get());
         let mut value = self.contains(range.start());
         std::iter::from_fn(move || {
-            if rest.is_empty() {
+            if page >= end {
                 return None;
             }
-            // The first page of `rest` has been seen in state `value`, so every run has a page, beside writers too.
-            let second = rest.start().get().saturating_add(1);
-            let end = self.find_page(second, rest.end().get(), !value).min(rest.end().get());
-            let (run, left) = rest.split_at(Gfn::new(end)?)?;
-            rest = left;
-            value = !value;
+            // `page` has been seen in state `value`: every run has a page, beside writers too.
+            let stop = self.find_page(page.saturating_add(1), end, !value).min(end);
+            let run = run_of(page, stop)?;
+            (page, value) = (stop, !value);
             Some((run, !value))
         })
     }
@@ -102,11 +100,27 @@ impl PageSet {
     ///
     /// Skips 64 MiB of the wanted state per load, and allocates nothing.
     pub fn differing_runs(&self, range: GfnRange, value: bool) -> impl Iterator<Item = GfnRange> {
-        self.runs(range).filter_map(move |(run, state)| (state != value).then_some(run))
+        let (mut page, end) = (range.start().get(), range.end().get());
+        std::iter::from_fn(move || {
+            let start = self.find_page(page, end, !value);
+            if start >= end {
+                return None;
+            }
+            let stop = self.find_page(start.saturating_add(1), end, value).min(end);
+            // `stop` has been seen in state `value`: the next run cannot touch this one, beside writers too.
+            page = stop.saturating_add(1);
+            run_of(start, stop)
+        })
     }
 
     /// Pages of `range` that are in the set.
     pub fn count(&self, range: GfnRange) -> u64 {
         self.member_runs(range).map(|run| run.pages()).fold(0, u64::saturating_add)
     }
+}
+
+/// `[first, end)`, both of them from within a range.
+#[inline]
+fn run_of(first: u64, end: u64) -> Option<GfnRange> {
+    GfnRange::new(Gfn::new(first)?, Gfn::new(end)?).ok()
 }

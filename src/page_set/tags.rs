@@ -63,12 +63,9 @@ impl Tags {
     /// The tag of `chunk`; a chunk beyond the end has no page in the set.
     #[inline]
     pub(super) fn load(&self, chunk: u64) -> Tag {
-        let word = self.word_of(chunk).map_or(0, |word| word.load(Ordering::Acquire));
-        match word.wrapping_shr(shift_of(chunk)) & FIELD {
-            0 => Tag::Uniform(false),
-            1 => Tag::Uniform(true),
-            _ => Tag::Mixed,
-        }
+        let Some(word) = self.word_of(chunk) else { return Tag::Uniform(false) };
+        let tag = word.load(Ordering::Acquire).wrapping_shr(shift_of(chunk));
+        if tag & MIXED == 0 { Tag::Uniform(tag & 1 != 0) } else { Tag::Mixed }
     }
 
     /// Changes the tag of `chunk` from `old` to `new`; false if it is not `old` (any more).

@@ -1,12 +1,16 @@
 //! The page set against a plain `Vec<bool>`, at every border it has, and under threads.
 
+#![allow(clippy::cast_possible_truncation, clippy::cast_lossless)] // 64-bit hosts, and numbers of a test's own.
+
 use std::sync::Barrier;
 use std::thread;
 
 use proptest::prelude::*;
 
 use super::*;
-use crate::addr::{PAGES_PER_1G, PAGES_PER_2M};
+#[cfg(not(miri))]
+use crate::addr::PAGES_PER_1G;
+use crate::addr::PAGES_PER_2M;
 
 /// Pages under one tag word.
 const TAG_WORD: u64 = 32 * PAGES_PER_2M;
@@ -83,7 +87,7 @@ fn any_range() -> impl Strategy<Value = GfnRange> {
 }
 
 fn config() -> ProptestConfig {
-    let cases = if cfg!(miri) { 2 } else { 96 };
+    let cases = if cfg!(miri) { 1 } else { 96 };
     ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() }
 }
 
@@ -92,7 +96,7 @@ proptest! {
 
     #[test]
     fn any_sequence_leaves_the_pages_of_a_vec(
-        steps in prop::collection::vec((any_range(), any::<bool>(), any_range()), 1..if cfg!(miri) { 6 } else { 40 }),
+        steps in prop::collection::vec((any_range(), any::<bool>(), any_range()), 1..if cfg!(miri) { 4 } else { 40 }),
     ) {
         let set = PageSet::new(CAPACITY).unwrap();
         let mut model = Model(vec![false; CAPACITY as usize]);
@@ -101,8 +105,10 @@ proptest! {
             model.set(changed, value);
             check(&set, &model, asked);
         }
-        check(&set, &model, range(0, CAPACITY + 2 * TAG_WORD));
-        for page in range(0, CAPACITY + 70) {
+        // Miri has time for the last borders only.
+        let first = if cfg!(miri) { TAG_WORD - PAGES_PER_2M } else { 0 };
+        check(&set, &model, range(first, CAPACITY + if cfg!(miri) { 70 } else { 2 * TAG_WORD }));
+        for page in range(first, CAPACITY + 70) {
             prop_assert_eq!(set.contains(page), model.contains(page));
         }
     }
@@ -117,8 +123,8 @@ fn a_page_beyond_the_capacity_is_refused_before_any_effect() {
         assert_eq!(set.count(range(0, 2 * CAPACITY)), 0);
         set.insert(range(0, capacity)).unwrap();
         assert_eq!(set.count(GfnRange::new(Gfn::ZERO, Gfn::MAX).unwrap()), capacity);
-        assert_eq!(set.contains(gfn(capacity)), false);
-        assert_eq!(set.contains(Gfn::MAX), false);
+        assert!(!set.contains(gfn(capacity)));
+        assert!(!set.contains(Gfn::MAX));
         assert_eq!(set.set(GfnRange::empty_at(Gfn::MAX), true), Ok(()));
     }
 }
@@ -130,6 +136,7 @@ fn the_message_names_range_and_capacity_in_hex() {
 }
 
 #[test]
+#[cfg(not(miri))]
 fn address_space_that_is_not_there_is_an_error() {
     for capacity in [crate::addr::MAX_PAGES, u64::MAX] {
         assert!(matches!(PageSet::new(capacity), Err(PageSetError::Map { .. })));
@@ -155,7 +162,7 @@ fn a_chunk_is_mixed_only_while_its_pages_differ() {
 /// Eight threads on the pages of one leaf word: whatever the interleaving, each page ends as its own thread left it.
 #[test]
 fn threads_on_one_leaf_word_lose_no_write() {
-    let rounds = if cfg!(miri) { 20 } else { 10_000 };
+    let rounds = if cfg!(miri) { 10 } else { 10_000 };
     let set = PageSet::new(CAPACITY).unwrap();
     let barrier = Barrier::new(8);
     let lasts: Vec<[bool; 8]> = thread::scope(|scope| {
@@ -193,7 +200,7 @@ fn threads_on_one_leaf_word_lose_no_write() {
 /// writer turns the other half of the word, and readers watch chunks that nobody changes.
 #[test]
 fn threads_on_one_tag_word_keep_to_their_chunks() {
-    let rounds = if cfg!(miri) { 5 } else { 5_000 };
+    let rounds = if cfg!(miri) { 2 } else { 5_000 };
     let set = PageSet::new(CAPACITY).unwrap();
     let still = range(8 * PAGES_PER_2M, 9 * PAGES_PER_2M);
     set.insert(still).unwrap();

@@ -1,0 +1,137 @@
+//! Interleaved rounds, ratios, gates.
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use crate::stores::Store;
+
+/// xorshift64: a few cycles, so that it is not what is measured.
+pub struct Rng(u64);
+
+impl Rng {
+    pub fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    pub fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    /// Evenly among `[0, bound)`, without a division.
+    pub fn below(&mut self, bound: u64) -> u64 {
+        ((u128::from(self.next()) * u128::from(bound)) >> 64) as u64
+    }
+
+    /// Makes what comes next depend on `bit`.
+    pub fn mix(&mut self, bit: bool) {
+        self.0 ^= u64::from(bit) << 5;
+    }
+}
+
+/// One question put to every candidate.
+pub struct Group {
+    name: String,
+    baseline: &'static str,
+    ops: u64,
+    /// Candidates that sit this one out.
+    pub skip: &'static [&'static str],
+    /// Per candidate: its name, and nanoseconds per operation in each round.
+    times: Vec<(&'static str, Vec<f64>)>,
+}
+
+impl Group {
+    pub fn new(name: &str, baseline: &'static str, ops: u64) -> Self {
+        Self { name: name.to_owned(), baseline, ops, skip: &[], times: Vec::new() }
+    }
+
+    /// `rounds` rounds, and one before them that does not count. `act` gets the same seed from all in a round.
+    pub fn run(&mut self, rounds: u64, stores: &[Box<dyn Store>], act: impl Fn(&dyn Store, u64)) {
+        let mut rng = Rng::new(11);
+        let mut order: Vec<&dyn Store> = stores.iter().map(|store| store.as_ref()).collect();
+        order.retain(|store| !self.skip.contains(&store.name()));
+        self.times = order.iter().map(|store| (store.name(), Vec::new())).collect();
+        for round in 0..=rounds {
+            for last in (1..order.len()).rev() {
+                order.swap(last, rng.below(last as u64 + 1) as usize);
+            }
+            let seed = rng.next();
+            for store in &order {
+                let start = Instant::now();
+                act(*store, seed);
+                let nanos = start.elapsed().as_nanos() as f64 / self.ops as f64;
+                let times = self.times.iter_mut().find(|(name, _)| *name == store.name());
+                if round > 0 {
+                    times.unwrap().1.push(nanos);
+                }
+            }
+        }
+    }
+
+    fn of(&self, name: &str) -> &[f64] {
+        &self.times.iter().find(|(candidate, _)| *candidate == name).unwrap().1
+    }
+
+    /// Median over the rounds of `a` by `b` of the same round.
+    fn ratio(&self, a: &str, b: &str) -> f64 {
+        let mut ratios: Vec<f64> = self.of(a).iter().zip(self.of(b)).map(|(a, b)| a / b).collect();
+        ratios.sort_by(f64::total_cmp);
+        ratios[ratios.len() / 2]
+    }
+}
+
+/// A ratio that may not be exceeded: group, candidate, peer, most.
+const GATES: &[(&str, &str, &str, f64)] = &[
+    ("lookup_tib_indep", "page_set", "flat", 0.55),
+    ("lookup_tib_dep", "page_set", "flat", 0.55),
+    ("lookup_tib_indep", "page_set", "rangemap+rwlock", 1.0 / 13.0),
+];
+
+/// Prints, remembers which gates were missed, and knows how long to run.
+pub struct Harness {
+    quick: bool,
+    missed: Vec<String>,
+    started: Instant,
+}
+
+impl Harness {
+    pub fn from_args() -> Self {
+        let quick = std::env::args().any(|arg| arg == "--quick" || arg == "--test");
+        Self { quick, missed: Vec::new(), started: Instant::now() }
+    }
+
+    /// `full`, or `quick` if that is asked for.
+    pub fn scale(&self, full: u64, quick: u64) -> u64 {
+        if self.quick { quick } else { full }
+    }
+
+    pub fn report(&mut self, group: &Group) {
+        println!("\n{:<22} {:>12} {:>14}", group.name, "ns/op (best)", format!("x {}", group.baseline));
+        for (name, times) in &group.times {
+            let best = times.iter().copied().fold(f64::INFINITY, f64::min);
+            println!("  {name:<20} {best:>12.1} {:>14.3}", group.ratio(name, group.baseline));
+        }
+        for (_, candidate, peer, most) in GATES.iter().filter(|(name, ..)| *name == group.name) {
+            let ratio = group.ratio(candidate, peer);
+            let verdict = if ratio <= *most { "held" } else { "MISSED" };
+            let line = format!("gate {verdict}: {} {candidate} / {peer} = {ratio:.3}, at most {most:.3}", group.name);
+            println!("  {line}");
+            if ratio > *most {
+                self.missed.push(line);
+            }
+        }
+    }
+
+    /// Fails if a gate was missed and `CVM_BENCH_GATE=1` asks for it. A quick run is too short to judge.
+    pub fn finish(self) -> ExitCode {
+        println!("\n{} s", self.started.elapsed().as_secs());
+        let strict = std::env::var("CVM_BENCH_GATE").is_ok_and(|value| value == "1");
+        if strict && !self.quick && !self.missed.is_empty() {
+            self.missed.iter().for_each(|line| eprintln!("{line}"));
+            return ExitCode::FAILURE;
+        }
+        ExitCode::SUCCESS
+    }
+}

@@ -1,4 +1,30 @@
-//! Guest memory of confidential VMs.
+//! Guest memory of confidential VMs: guest_memfd, memslots, page state, conversions, and a software KVM to test it all.
+//!
+//! A launcher builds a [`CvmMemory`](memory::CvmMemory) on a VM, gives each vCPU thread a
+//! [`VcpuExits`](exits::VcpuExits), and hands it the exits it does not know. Below that facade every part can be used by
+//! itself:
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`addr`] | frames, file pages and ranges of them: all arithmetic |
+//! | [`page_set`] | a concurrent set of frames with wait-free reads |
+//! | [`gmem`] | one guest_memfd |
+//! | [`layout`] | slots, bindings, clipping, look-ups |
+//! | [`backing`] | the memory behind the slots |
+//! | [`hypervisor`] | the seam to KVM, and the real one behind it |
+//! | [`soft`] | the software KVM |
+//! | [`convert`] | page state changes: request, plan, commit |
+//! | [`prefault`] | memory ahead of use |
+//! | [`memory`] | the facade |
+//! | [`exits`] | from a vCPU's exit to what the VMM must do |
+//! | [`stats`] | counters |
+//!
+//! Addresses and sizes are in bytes where they are called so (`gpa`, `size`, `bytes`), else in pages of 4096 bytes; ranges
+//! are half-open. This crate names no vendor: what is particular to one is in a crate of its own that plugs into the
+//! hypervisor seam and into the software KVM.
+//!
+//! What has run where: the software KVM is a model; the real KVM was run on Linux 7.3 under emulation, for default and
+//! software-protected VMs. Nothing has run on confidential-computing hardware.
 #![cfg_attr(
     not(test),
     warn(
@@ -22,3 +48,8 @@ pub mod page_set;
 pub mod prefault;
 pub mod soft;
 pub mod stats;
+
+#[doc = include_str!("../README.md")]
+#[cfg(doctest)]
+#[allow(missing_debug_implementations)]
+pub struct ReadmeSample;

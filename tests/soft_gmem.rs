@@ -26,7 +26,7 @@ fn call(file: &GuestMemfd, mode: FallocateFlags, offset: u64, len: u64) -> Resul
 fn sizes_and_flags() {
     for (vm, legal) in [(SoftVm::default_type(), 3), (SoftVm::software_protected(), 1), (SoftVm::tagged(), 1)] {
         assert_eq!(vm.check_extension(Cap::GUEST_MEMFD_FLAGS), legal);
-        for size in (1..PAGE).chain([0, PAGE + 1, 1 << 63, u64::MAX & !(PAGE - 1)]) {
+        for size in (1..PAGE).chain([0, PAGE + 1, 1 << 63, !(PAGE - 1)]) {
             assert_eq!(vm.create_guest_memfd(size, 0).unwrap_err(), Errno::EINVAL, "{size:#x}");
         }
         for bit in 0..64 {

@@ -82,7 +82,7 @@ fn file_descriptors() {
     }
     // Beyond the end, and sums that are negative as a signed number or wrap.
     let top = i64::MAX.unsigned_abs() & !(PAGE - 1);
-    for offset in [PAGE, 2 * MIB, top, top + PAGE, u64::MAX & !(PAGE - 1), 0_u64.wrapping_sub(2 * MIB)] {
+    for offset in [PAGE, 2 * MIB, top, top + PAGE, !(PAGE - 1), 0_u64.wrapping_sub(2 * MIB)] {
         assert_eq!(set_region(&vm, &gmem_slot(10, GPA, 2 * MIB, 0, &file, offset)), Err(Errno::EINVAL), "{offset:#x}");
     }
     assert_eq!(vm.slots(), []);
@@ -140,8 +140,8 @@ fn addresses_and_sizes() {
         shared_slot(0, 1, PAGE, 0),
         shared_slot(0, 0, PAGE, 1),
         shared_slot(0, 0, PAGE, user_end),
-        shared_slot(0, 0, PAGE, u64::MAX & !(PAGE - 1)),
-        shared_slot(0, u64::MAX & !(PAGE - 1), PAGE, 0),
+        shared_slot(0, 0, PAGE, !(PAGE - 1)),
+        shared_slot(0, !(PAGE - 1), PAGE, 0),
         shared_slot(0, PAGE, 0_u64.wrapping_sub(PAGE), 0),
         shared_slot(0, 0, PAGE << 31, 0),
         shared_slot(2 << 16, 0, PAGE, 0),

@@ -55,6 +55,7 @@ pub use arch::{Access, AccessKind, Arch, AttributeDecides, Denied, GmemPage, Ins
 pub use counters::Counters;
 pub use fault::GuestView;
 pub use ops::{GuestOp, OpResult};
+pub use populate::FillPage;
 pub use vcpu::{ImmediateExit, SoftVcpu};
 pub use vm::Event;
 
@@ -162,13 +163,7 @@ impl SoftVm {
     /// # Errors
     /// Those of the first page: `EINVAL` without a slot, without a file, or for a page that is not private; `EFAULT` for a
     /// closed file or a bad source; `EHWPOISON`; whatever `each` gives.
-    pub fn populate(
-        &self,
-        start: Gfn,
-        pages: u64,
-        source: Option<u64>,
-        each: &mut dyn FnMut(GmemPage, Gfn, &mut [u8]) -> Result<(), Errno>,
-    ) -> Result<u64, Errno> {
+    pub fn populate(&self, start: Gfn, pages: u64, source: Option<u64>, each: &mut FillPage<'_>) -> Result<u64, Errno> {
         self.vm.check_alive()?;
         self.vm.populate(start, pages, source, each)
     }

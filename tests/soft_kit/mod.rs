@@ -74,7 +74,8 @@ pub fn fd(file: &GuestMemfd) -> RawFd {
 
 /// The ioctl as it is.
 pub fn set_region(vm: &SoftVm, region: &MemoryRegion) -> Result<(), Errno> {
-    // SAFETY: every address the tests pass is zero, unmapped, or memory of a `Ram`, which lives for ever and is all atomics.
+    // SAFETY: where a test lets its guest access a slot, the slot's address is zero, where nothing is mapped, or that of a
+    // `Ram`, which lives for ever and is all atomics. Slots at other addresses are created and never accessed.
     unsafe { vm.set_user_memory_region2(region) }
 }
 

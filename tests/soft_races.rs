@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 use cvm_memory::addr::Gfn;
 use cvm_memory::gmem::GuestMemfd;
 use cvm_memory::hypervisor::{Exit, Hypervisor, MemoryFault, Platform, Vcpu};
-use cvm_memory::soft::{Arch, GmemPage, OpResult, SoftVm, Tagged};
+use cvm_memory::soft::{Arch, Event, GmemPage, OpResult, SoftVm, Tagged};
 use nix::errno::Errno;
 use soft_kit::*;
 
@@ -119,6 +119,41 @@ fn a_hole_under_a_fault() {
     // The page is the one that is in the file now.
     assert_eq!(mapped(&vm), [gfns(0, 1)]);
     assert_eq!(file.resident_bytes().unwrap_or(PAGE), PAGE);
+}
+
+/// Two invalidations at once: the hull covers both and all between, and is emptied only when both have ended.
+#[test]
+fn hull_of_invalidations_that_overlap_in_time() {
+    let vm = SoftVm::tagged();
+    let files = [vm.create_guest_memfd(PAGE, 0).unwrap(), vm.create_guest_memfd(PAGE, 0).unwrap()];
+    set_region(&vm, &gmem_slot(0, 0x100 * PAGE, PAGE, 0, &files[0], 0)).unwrap();
+    set_region(&vm, &gmem_slot(1, 0x200 * PAGE, PAGE, 0, &files[1], 0)).unwrap();
+    let [first, second] = files;
+    let (inner, log) = (vm.clone(), Arc::new(Mutex::new(Vec::new())));
+    let (seen, second) = (Arc::clone(&log), Mutex::new(Some(second)));
+    vm.observe(move |event| {
+        seen.lock().unwrap().push(inner.invalidate_in_progress());
+        let second = second.lock().unwrap().take();
+        if let (Event::Unmapped { .. }, Some(second)) = (event, second) {
+            second.punch_hole(second.pages()).unwrap();
+            seen.lock().unwrap().push(inner.invalidate_in_progress());
+            // Kept open: closing would be an invalidation of its own.
+            std::mem::forget(second);
+        }
+    });
+    first.punch_hole(first.pages()).unwrap();
+    let (one, both) = (gfns(0x100, 0x101), gfns(0x100, 0x201));
+    let want = [(1, one), (2, both), (1, both), (1, both), (0, both)];
+    assert_eq!(*log.lock().unwrap(), want);
+    vm.stop_observing();
+    // The next one begins with an empty hull.
+    let inner = vm.clone();
+    vm.observe(move |event| {
+        if let Event::Unmapped { .. } = event {
+            assert_eq!(inner.invalidate_in_progress(), (1, one));
+        }
+    });
+    first.punch_hole(first.pages()).unwrap();
 }
 
 /// Two vCPUs read all the time while another thread converts and punches. `state` is odd while a conversion is under way, and

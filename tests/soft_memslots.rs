@@ -288,13 +288,15 @@ fn what_a_delete_zaps() {
     }
 }
 
-/// set_memory_region_test: a slot moves down by a page; the reader sees its memory or MMIO, never another page's.
+/// set_memory_region_test: a slot moves down by a page and back; the reader sees its memory or MMIO, never what lies around
+/// that memory.
 #[test]
 fn move_under_a_reader() {
     let vm = SoftVm::default_type();
-    let ram = Ram::new(2);
-    ram.fill(1);
-    let slot = shared_slot(10, GPA, 2 * PAGE, ram.hva());
+    let ram = Ram::new(4);
+    ram.fill(2);
+    ram.fill_range(PAGE..3 * PAGE, 1);
+    let slot = shared_slot(10, GPA, 2 * PAGE, ram.hva() + PAGE);
     set_region(&vm, &slot).unwrap();
     let mut vcpu = vm.create_vcpu();
     let leave = vcpu.immediate_exit();

@@ -42,7 +42,11 @@ impl Ram {
     }
 
     pub fn fill(self, byte: u8) {
-        for offset in 0..self.0.len() as u64 * PAGE {
+        self.fill_range(0..self.0.len() as u64 * PAGE, byte);
+    }
+
+    pub fn fill_range(self, range: std::ops::Range<u64>, byte: u8) {
+        for offset in range {
             self.cell(offset).store(byte, Ordering::SeqCst);
         }
     }

@@ -251,19 +251,11 @@ impl Vm {
         self.invalidate_end(started);
     }
 
-    /// `kvm_gmem_release()`, and the end of the inode.
+    /// `kvm_gmem_release()`, and the end of the inode. Slots do not find the file any more since it is closing.
     fn close_file(&self, file: &GmemFile) {
         let _slots_lock = self.lock_slots();
         let _exclusive = write(&file.invalidate_lock);
         let everything = FileRange::new(FilePage::ZERO, FilePage::MAX).unwrap_or(FileRange::empty_at(FilePage::ZERO));
-        {
-            let slots = self.slots();
-            for binding in &*read(&file.bindings) {
-                if let Some(held) = slots.get(binding.slot).and_then(|slot| slot.file.as_ref()) {
-                    held.clear();
-                }
-            }
-        }
         let started = self.invalidate_start(file, everything);
         self.invalidate_end(started);
         write(&file.bindings).close();

@@ -1,7 +1,7 @@
 //! Memslots as KVM holds them, and the set of them that a vCPU looks into.
 //!
-//! A slot is immutable once published; a change publishes another one in its place. Two words of it are shared with whoever
-//! still holds the old one: the pointer to its file, which closing the file takes away, and the mixed-attribute flags.
+//! A slot is immutable once published, but for its mixed-attribute flags; a change publishes another one in its place. Its
+//! pointer to a file leads nowhere once the file is being closed, which is how KVM's is nulled then.
 //! Mirrors `struct kvm_memory_slot` and `struct kvm_memslots` (`include/linux/kvm_host.h`).
 
 use std::collections::BTreeMap;
@@ -20,28 +20,23 @@ pub(super) struct SlotFile {
     pub(super) pages: FileRange,
     /// `KVM_MEMSLOT_GMEM_ONLY`: the file can be mapped by the process, so shared faults are served from it too.
     pub(super) only: bool,
-    /// Null after the file was closed. The slot does not keep the file open.
-    file: Mutex<Option<Weak<GmemFile>>>,
+    /// The slot does not keep the file open.
+    file: Weak<GmemFile>,
 }
 
 impl SlotFile {
     pub(super) fn new(file: &Arc<GmemFile>, pages: FileRange, only: bool) -> Self {
-        Self { pages, only, file: Mutex::new(Some(Arc::downgrade(file))) }
+        Self { pages, only, file: Arc::downgrade(file) }
     }
 
-    /// The file, unless it is closed or about to be.
+    /// The file, unless it is closed or about to be (`kvm_gmem_get_file()`).
     pub(super) fn get(&self) -> Option<Arc<GmemFile>> {
-        lock(&self.file).as_ref()?.upgrade().filter(|file| !file.is_closing())
+        self.file.upgrade().filter(|file| !file.is_closing())
     }
 
     /// The file even while it is being closed.
     pub(super) fn get_closing(&self) -> Option<Arc<GmemFile>> {
-        lock(&self.file).as_ref()?.upgrade()
-    }
-
-    /// What closing the file does to the slot.
-    pub(super) fn clear(&self) {
-        *lock(&self.file) = None;
+        self.file.upgrade()
     }
 }
 

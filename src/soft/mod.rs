@@ -17,7 +17,7 @@
 //! 2. a file's `invalidate_lock`: its bindings and its pages do not go while a range is invalidated.
 //! 3. `slots` (for one lookup or swap), then a file's `bindings`.
 //! 4. `mmu_lock`: shared while a vCPU accesses memory, exclusive to map and to zap.
-//! 5. leaves: `attributes`, a slot's `mixed` flags and file pointer, a file's `pages`, then whatever a platform locks.
+//! 5. leaves: `attributes`, a slot's `mixed` flags, a file's `pages`, then whatever a platform locks.
 //!
 //! A vCPU that resolves a fault is in an SRCU section, in which it takes locks from 3 on. Whoever changes slots waits, under
 //! `slots_lock` alone, for the sections that were open; a vCPU that finds a slot INVALID therefore leaves its section before it
@@ -55,6 +55,7 @@ pub use arch::{Access, AccessKind, Arch, AttributeDecides, Denied, GmemPage, Ins
 pub use counters::Counters;
 pub use fault::GuestView;
 pub use ops::{GuestOp, OpResult};
+pub use populate::FillPage;
 pub use vcpu::{ImmediateExit, SoftVcpu};
 pub use vm::Event;
 
@@ -162,13 +163,7 @@ impl SoftVm {
     /// # Errors
     /// Those of the first page: `EINVAL` without a slot, without a file, or for a page that is not private; `EFAULT` for a
     /// closed file or a bad source; `EHWPOISON`; whatever `each` gives.
-    pub fn populate(
-        &self,
-        start: Gfn,
-        pages: u64,
-        source: Option<u64>,
-        each: &mut dyn FnMut(GmemPage, Gfn, &mut [u8]) -> Result<(), Errno>,
-    ) -> Result<u64, Errno> {
+    pub fn populate(&self, start: Gfn, pages: u64, source: Option<u64>, each: &mut FillPage<'_>) -> Result<u64, Errno> {
         self.vm.check_alive()?;
         self.vm.populate(start, pages, source, each)
     }
@@ -178,8 +173,9 @@ impl SoftVm {
         self.vm.counters()
     }
 
-    /// Has `observer` told of each [`Event`] while it happens, by the thread that makes it happen, which holds `slots_lock` or
-    /// a file's lock: the observer must not change slots or attributes, punch or close files, nor wait for a thread that does.
+    /// Has `observer` told of each [`Event`] while it happens, by the thread that makes it happen. That thread holds what the
+    /// change needs: `slots_lock` for memslots, attributes and the closing of a file; the file's own lock for holes and closing.
+    /// An observer must not make a change that needs the same, nor wait for a thread that does.
     pub fn observe(&self, observer: impl Fn(&Event) + Send + Sync + 'static) {
         self.vm.observe(Some(Arc::new(observer)));
     }

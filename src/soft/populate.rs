@@ -11,13 +11,16 @@ use super::sync::write;
 use super::vm::Vm;
 use crate::addr::{Gfn, GfnRange, PAGE_SIZE};
 
+/// What a platform does to one page that is given initial contents: the page, its frame, and the contents, which it may change.
+pub type FillPage<'a> = dyn FnMut(GmemPage, Gfn, &mut [u8]) -> Result<(), Errno> + 'a;
+
 impl Vm {
     pub(super) fn populate(
         &self,
         start: Gfn,
         pages: u64,
         mut source: Option<u64>,
-        each: &mut dyn FnMut(GmemPage, Gfn, &mut [u8]) -> Result<(), Errno>,
+        each: &mut FillPage<'_>,
     ) -> Result<u64, Errno> {
         let _slots_lock = self.lock_slots();
         let slot = self.slots().find(0, start).cloned().ok_or(Errno::EINVAL)?;

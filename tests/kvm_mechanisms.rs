@@ -7,7 +7,7 @@
 use std::os::fd::{AsRawFd, RawFd};
 
 use cvm_memory::gmem::{GmemFlags, GuestMemfd};
-use cvm_memory::hypervisor::kvm::{KvmError, KvmVm};
+use cvm_memory::hypervisor::kvm::{KvmError, KvmVcpu, KvmVm};
 use cvm_memory::hypervisor::{
     Cap, Exit, HypercallExit, Hypervisor, MEMORY_ATTRIBUTE_PRIVATE, MemoryAttributes, MemoryFault, MemoryRegion, Mmio,
     Platform, PreFaultMemory, Vcpu, VmType,
@@ -496,6 +496,14 @@ fn the_recipe_for_vmms_with_a_vcpu_of_their_own_sees_the_same_fault() {
     let errno = Errno::last();
     let expected = MemoryFault { errno: Errno::EFAULT, flags: MemoryFault::PRIVATE, gpa: 0x7000, size: PAGE };
     assert!(matches!(Exit::from_kvm(exit, errno), Exit::MemoryFault(fault) if fault == expected));
+
+    // A run that fails before it gets to the guest leaves what the last one wrote. Not a fault, for all that.
+    let mut vcpu = KvmVcpu::new(vcpu);
+    assert!(matches!(vcpu.run(), Ok(Exit::MemoryFault(fault)) if fault == expected));
+    vcpu.fd_mut().get_kvm_run().kvm_dirty_regs = u64::MAX;
+    assert_eq!(vcpu.run().map(drop), Err(Errno::EINVAL));
+    vcpu.fd_mut().get_kvm_run().kvm_dirty_regs = 0;
+    assert!(matches!(vcpu.run(), Ok(Exit::MemoryFault(fault)) if fault == expected));
 }
 
 #[test]

@@ -266,3 +266,6 @@ impl fmt::Debug for RecordedFile {
         f.debug_struct("RecordedFile").field("inner", &self.inner).finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -292,7 +292,7 @@ impl Arch for Platformish {
     fn check_access(&self, access: &Access) -> Result<(), Denied> {
         if access.gfn.get() == 3 { Err(Denied::KillVm) } else { Ok(()) }
     }
-    fn instruction(&self, view: &GuestView<'_>, instruction: &Instruction) -> Step {
+    fn instruction(&self, view: &dyn GuestView, instruction: &Instruction) -> Step {
         let target = cvm_memory::addr::Gfn::containing(instruction.args[0]);
         match (view.gmem_page(target, true), instruction.answer) {
             (None, _) => Step::Fault { gfn: target, kind: cvm_memory::soft::AccessKind::Write, private: true },

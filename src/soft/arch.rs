@@ -10,8 +10,7 @@ use std::fmt;
 
 use nix::errno::Errno;
 
-use super::fault::GuestView;
-use crate::addr::{FilePage, FileRange, Gfn, GfnRange};
+use crate::addr::{FilePage, FileRange, Gfn, GfnRange, Gpa};
 use crate::hypervisor::{Platform, VmType};
 
 /// The errnos of `kvm_run.hypercall.ret`, which are positive.
@@ -102,6 +101,21 @@ pub struct Instruction {
     pub round: u64,
     /// What userspace answered to the last [`Step::Hypercall`].
     pub answer: Option<u64>,
+}
+
+/// Guest memory as the hardware finds it at one moment: mapped, or not.
+pub trait GuestView: fmt::Debug {
+    /// The guest_memfd page that `gfn` is mapped to for accesses of that privacy, if it is.
+    fn gmem_page(&self, gfn: Gfn, private: bool) -> Option<GmemPage>;
+
+    /// Whether `gfn` is mapped to anything for accesses of that privacy.
+    fn is_mapped(&self, gfn: Gfn, private: bool) -> bool;
+
+    /// Reads within one page; `None` if it is not mapped or cannot be read.
+    fn read(&self, gpa: Gpa, private: bool, bytes: &mut [u8]) -> Option<()>;
+
+    /// Writes within one page; `None` if it is not mapped or cannot be written.
+    fn write(&self, gpa: Gpa, private: bool, bytes: &[u8]) -> Option<()>;
 }
 
 /// The hooks of a kind of VM.
@@ -201,7 +215,7 @@ pub trait Arch: fmt::Debug + Send + Sync {
 
     /// Executes a step of a platform's own guest operation. Called under the MMU lock, shared: what `view` shows stays mapped
     /// until this returns. Where it shows nothing, return [`Step::Fault`]; the step is then executed again.
-    fn instruction(&self, _view: &GuestView<'_>, _instruction: &Instruction) -> Step {
+    fn instruction(&self, _view: &dyn GuestView, _instruction: &Instruction) -> Step {
         Step::Exception
     }
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
-use super::arch::{Access, AccessKind, Denied, GmemPage};
+use super::arch::{Access, AccessKind, Denied, GmemPage, GuestView};
 use super::host;
 use super::memslots::Slot;
 use super::mmu::{Mmu, Spte, Target};
@@ -67,41 +67,33 @@ pub(super) enum Walk {
     Failed(Errno),
 }
 
-/// Guest memory as the hardware finds it at one moment: mapped, or not.
+/// The MMU at one moment, for an instruction of the platform.
 #[derive(Debug)]
-pub struct GuestView<'a> {
-    mmu: &'a Mmu,
+pub(super) struct View<'a>(pub(super) &'a Mmu);
+
+impl View<'_> {
+    fn mapped(&self, gfn: Gfn, private: bool) -> Option<&Spte> {
+        let spte = self.0.lookup(private, gfn)?;
+        (spte.private == private && !matches!(spte.target, Target::Mmio)).then_some(spte)
+    }
 }
 
-impl<'a> GuestView<'a> {
-    pub(super) const fn new(mmu: &'a Mmu) -> Self {
-        Self { mmu }
-    }
-
-    /// The guest_memfd page that `gfn` is mapped to for accesses of that privacy, if it is.
-    pub fn gmem_page(&self, gfn: Gfn, private: bool) -> Option<GmemPage> {
+impl GuestView for View<'_> {
+    fn gmem_page(&self, gfn: Gfn, private: bool) -> Option<GmemPage> {
         self.mapped(gfn, private)?.target.gmem_page()
     }
 
-    /// Whether `gfn` is mapped to anything for accesses of that privacy.
-    pub fn is_mapped(&self, gfn: Gfn, private: bool) -> bool {
+    fn is_mapped(&self, gfn: Gfn, private: bool) -> bool {
         self.mapped(gfn, private).is_some()
     }
 
-    /// Reads within one page; `None` if it is not mapped or cannot be read.
-    pub fn read(&self, gpa: Gpa, private: bool, bytes: &mut [u8]) -> Option<()> {
+    fn read(&self, gpa: Gpa, private: bool, bytes: &mut [u8]) -> Option<()> {
         copy(&self.mapped(gpa.gfn(), private)?.target, gpa.page_offset(), &mut Data::Read(bytes)).ok()
     }
 
-    /// Writes within one page; `None` if it is not mapped or cannot be written.
-    pub fn write(&self, gpa: Gpa, private: bool, bytes: &[u8]) -> Option<()> {
+    fn write(&self, gpa: Gpa, private: bool, bytes: &[u8]) -> Option<()> {
         let spte = self.mapped(gpa.gfn(), private).filter(|spte| spte.writable)?;
         copy(&spte.target, gpa.page_offset(), &mut Data::Write(bytes)).ok()
-    }
-
-    fn mapped(&self, gfn: Gfn, private: bool) -> Option<&Spte> {
-        let spte = self.mmu.lookup(private, gfn)?;
-        (spte.private == private && !matches!(spte.target, Target::Mmio)).then_some(spte)
     }
 }
 

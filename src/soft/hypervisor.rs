@@ -8,7 +8,8 @@ use nix::errno::Errno;
 
 use super::SoftVm;
 use super::counters::Call;
-use super::gmem::{GmemFile, SoftGmem};
+use super::file::GmemFile;
+use super::gmem::SoftGmem;
 use super::region::USER_MEM_SLOTS;
 use super::vcpu::MAP_GPA_RANGE_BIT;
 use crate::addr::PAGE_SIZE;

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, Weak};
 
 use super::attributes::Mixed;
-use super::gmem::GmemFile;
+use super::file::GmemFile;
 use super::sync::lock;
 use crate::addr::{FilePage, FileRange, Gfn, GfnRange};
 use crate::layout::{SlotFlags, SlotId};

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use super::arch::{Arch, GmemPage};
 use super::attributes::Flavour;
-use super::gmem::GmemFile;
+use super::file::GmemFile;
 use crate::addr::{FilePage, Gfn, GfnRange};
 
 /// What a frame is mapped to.

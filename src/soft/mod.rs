@@ -27,6 +27,7 @@ mod arch;
 pub mod attributes;
 mod counters;
 mod fault;
+mod file;
 mod gmem;
 mod host;
 mod hypervisor;
@@ -51,9 +52,10 @@ use attributes::Mixed;
 use sync::lock;
 use vm::Vm;
 
-pub use arch::{Access, AccessKind, Arch, AttributeDecides, Denied, GmemPage, Instruction, Plain, Step, Tagged};
+pub use arch::{
+    Access, AccessKind, Arch, AttributeDecides, Denied, GmemPage, GuestView, Instruction, Plain, Step, Tagged,
+};
 pub use counters::Counters;
-pub use fault::GuestView;
 pub use ops::{GuestOp, OpResult};
 pub use populate::FillPage;
 pub use vcpu::{ImmediateExit, SoftVcpu};

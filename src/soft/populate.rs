@@ -5,7 +5,7 @@
 use nix::errno::Errno;
 
 use super::arch::GmemPage;
-use super::gmem::PAGE_BYTES;
+use super::file::PAGE_BYTES;
 use super::host;
 use super::sync::write;
 use super::vm::Vm;

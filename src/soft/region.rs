@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 use nix::errno::Errno;
 
 use super::attributes::{Flavour, Mixed};
-use super::gmem::GmemFile;
+use super::file::GmemFile;
 use super::memslots::{Slot, SlotFile};
 use super::sync::write;
 use super::vm::{Event, Vm};

@@ -10,7 +10,7 @@ use nix::errno::Errno;
 
 use super::arch::{AccessKind, Denied, Step};
 use super::counters::Call;
-use super::fault::{Data, Fault, GuestView, Walk};
+use super::fault::{Data, Fault, View, Walk};
 use super::ops::{GuestOp, OpResult, Running};
 use super::vm::Vm;
 use crate::addr::{Gfn, GfnRange, Gpa, PAGE_SIZE};
@@ -316,7 +316,7 @@ impl SoftVcpu {
         let instruction = running.instruction(self.index, nr, args);
         running.round = running.round.saturating_add(1);
         running.answer = None;
-        let step = self.vm.arch().instruction(&GuestView::new(&self.vm.mmu()), &instruction);
+        let step = self.vm.arch().instruction(&View(&self.vm.mmu()), &instruction);
         match step {
             Step::Done(value) => self.finish(OpResult::Instruction(value)),
             Step::Exception => self.finish(OpResult::Exception),

@@ -15,7 +15,7 @@ use nix::errno::Errno;
 use super::arch::Arch;
 use super::attributes::{Attributes, Flavour, Invalidation};
 use super::counters::{Call, Counters, LiveCounters};
-use super::gmem::GmemFile;
+use super::file::GmemFile;
 use super::memslots::Memslots;
 use super::mmu::Mmu;
 use super::sync::{Srcu, lock, read, write};

@@ -8,7 +8,9 @@ use super::mode::{Cpu, Mode, Step};
 use super::support::{EXCHANGE, STACK_TOP, STUBS, Support, TABLES};
 use super::tables::{SIZE, SPAN, Tables};
 
-// The stubs. All begin with a reload of CR3, as the tables change between operations.
+// The stubs. All begin with a reload of CR3. A stale translation would do no harm, as every one there ever is says the same;
+// but a processor may also remember where a table is, and after a reset of the pool another one is there. (An emulated
+// processor may not, so no test in the lab would miss the reload.)
 const COPY: u64 = 0x00;
 const FILL: u64 = 0x10;
 const CHECK: u64 = 0x20;

@@ -48,6 +48,7 @@ pub mod page_set;
 pub mod prefault;
 pub mod soft;
 pub mod stats;
+mod sync;
 
 #[doc = include_str!("../README.md")]
 #[cfg(doctest)]

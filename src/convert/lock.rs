@@ -8,11 +8,11 @@
 //! thread that asks for what it holds is told so ([`LockError::Reentrant`]) instead of hanging. Readers of page state
 //! never come here.
 
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, ThreadId};
+use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use crate::addr::GfnRange;
+use crate::sync::{Condvar, Mutex, MutexGuard, ThreadId, current_thread};
 
 /// What a conversion does about device accesses that are in progress in its range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,7 +76,7 @@ impl Table {
     fn add(&mut self, range: GfnRange, kind: Kind) -> u64 {
         let id = self.next;
         self.next = self.next.wrapping_add(1);
-        self.entries.push(Entry { id, range, kind, owner: thread::current().id() });
+        self.entries.push(Entry { id, range, kind, owner: current_thread().id() });
         id
     }
 
@@ -125,7 +125,7 @@ impl RangeLock {
     /// # Errors
     /// [`LockError`].
     pub fn exclusive(&self, range: GfnRange, pins: Option<PinPolicy>) -> Result<RangeGuard<'_>, LockError> {
-        let me = thread::current().id();
+        let me = current_thread().id();
         let mut table = self.table();
         if let Some(held) = table.find(&range, Kind::Exclusive).filter(|entry| entry.owner == me) {
             return Err(LockError::Reentrant { range, held: held.range });
@@ -163,7 +163,7 @@ impl RangeLock {
     /// # Errors
     /// [`LockError::Reentrant`] from within a conversion of part of the range.
     pub fn shared(&self, range: GfnRange) -> Result<RangeGuard<'_>, LockError> {
-        let me = thread::current().id();
+        let me = current_thread().id();
         let mut table = self.table();
         loop {
             match table.find(&range, Kind::Exclusive) {
@@ -184,3 +184,6 @@ impl RangeLock {
         self.changed.wait(table).unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(all(test, loom))]
+mod models;

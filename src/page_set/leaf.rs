@@ -4,8 +4,8 @@
 //! any time.
 
 use super::CHUNK_SHIFT;
-use super::sync::{AtomicU64, Ordering};
 use super::words::Words;
+use crate::sync::{AtomicU64, Ordering};
 
 /// log2 of the pages per word.
 const PAGES_SHIFT: u32 = 6;

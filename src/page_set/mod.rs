@@ -35,7 +35,6 @@ mod leaf;
 mod models;
 mod runs;
 mod stripes;
-mod sync;
 mod tags;
 #[cfg(all(test, not(loom)))]
 mod tests;

@@ -2,7 +2,7 @@
 
 use std::sync::PoisonError;
 
-use super::sync::{Mutex, MutexGuard};
+use crate::sync::{Mutex, MutexGuard};
 
 /// log2 of the number of stripes: enough that two of many vCPUs seldom meet, 32 KiB in all.
 const STRIPES_SHIFT: u32 = if cfg!(loom) { 1 } else { 8 };

@@ -17,7 +17,7 @@ mod backing {
     use nix::Error;
     use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
 
-    use super::super::sync::AtomicU64;
+    use crate::sync::AtomicU64;
 
     /// `len` zeroed words, mapped on first write.
     pub(in super::super) struct Words {
@@ -70,7 +70,7 @@ mod backing {
 
     use nix::Error;
 
-    use super::super::sync::AtomicU64;
+    use crate::sync::AtomicU64;
 
     /// `len` zeroed words on the heap.
     pub(in super::super) struct Words(Box<[AtomicU64]>);

@@ -269,7 +269,7 @@ fn conversions<M: Machine>(vcpus: u64, slots: u64, backing: Backing) {
     drop((memory, shared, vm));
     file.punch_hole(file.pages()).unwrap();
     file.allocate(file.pages()).unwrap();
-    assert_eq!(file.resident_bytes(), Some(file.size()));
+    assert_resident(&file, file.size());
 }
 
 fn one_vcpu_one_slot_without_allocation<M: Machine>() {
@@ -310,7 +310,7 @@ fn the_file_outlives_the_vm_with_a_slot_bound<M: Machine>() {
     set_private(&vm, BASE, STRIDE, true);
     let mut guest = vm.guest(0);
     assert_eq!(guest.perform(GuestOp::Fill { gpa: BASE, len: DATA, byte: SECRET }), Outcome::Done);
-    assert!(file.resident_bytes() >= Some(DATA));
+    assert_resident(&file, DATA);
 
     drop(guest);
     drop(vm);
@@ -319,7 +319,7 @@ fn the_file_outlives_the_vm_with_a_slot_bound<M: Machine>() {
         file.allocate(file_range(offset, len)).unwrap();
         file.punch_hole(file_range(offset, len)).unwrap();
     }
-    assert_eq!(file.resident_bytes(), Some(0));
+    assert_resident(&file, 0);
 }
 
 on_both_machines!(

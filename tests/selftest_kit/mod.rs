@@ -15,10 +15,12 @@ use cvm_memory::hypervisor::kvm::KvmVm;
 use cvm_memory::hypervisor::{
     Cap, Hypervisor, MEMORY_ATTRIBUTE_PRIVATE, MemoryAttributes, MemoryRegion, Platform, Vcpu,
 };
-use cvm_memory::soft::{ImmediateExit, SoftVm};
+use cvm_memory::soft::SoftVm;
 use cvm_memory_testkit::skip::require;
 use cvm_memory_testkit::{Guest, KvmGuest, SoftGuest, kvm, private_kvm};
 use nix::errno::Errno;
+use nix::sys::pthread::{pthread_kill, pthread_self};
+use nix::sys::signal::Signal;
 
 pub const PAGE: u64 = 4096;
 pub const MIB: u64 = 1 << 20;
@@ -44,6 +46,10 @@ pub trait Machine: Hypervisor + Clone + 'static {
 
     /// Bits of the highest address at which a guest may have memory.
     fn physical_bits(guest: &Self::Guest) -> u32;
+
+    /// What interrupts a call that the calling thread makes on the vCPU, if it is called meanwhile. For as long as that
+    /// thread lives.
+    fn interrupter(guest: &Self::Guest) -> impl Fn() + Send + Sync + 'static;
 }
 
 impl Machine for SoftVm {
@@ -59,9 +65,17 @@ impl Machine for SoftVm {
         SoftGuest::new(self)
     }
 
-    /// Fewer than the 52 that it has: a record of page state takes address space.
     fn physical_bits(_: &SoftGuest) -> u32 {
-        46
+        52
+    }
+
+    fn interrupter(guest: &SoftGuest) -> impl Fn() + Send + Sync + 'static {
+        let exit = guest.vcpu().immediate_exit();
+        move || {
+            exit.set(true);
+            std::thread::yield_now();
+            exit.set(false);
+        }
     }
 }
 
@@ -86,6 +100,12 @@ impl Machine for KvmVm {
 
     fn physical_bits(guest: &KvmGuest) -> u32 {
         guest.physical_bits()
+    }
+
+    fn interrupter(_: &KvmGuest) -> impl Fn() + Send + Sync + 'static {
+        // The guest has installed a handler that does nothing.
+        let thread = pthread_self();
+        move || pthread_kill(thread, Signal::SIGUSR1).unwrap()
     }
 }
 
@@ -167,4 +187,11 @@ pub fn is_all(memory: &SharedMemory, offset: u64, len: u64, byte: u8) -> bool {
 /// Fills `[offset, offset + len)` of the memory.
 pub fn fill(memory: &SharedMemory, offset: u64, len: u64, byte: u8) {
     memory.write(offset, &vec![byte; usize::try_from(len).unwrap()]).unwrap();
+}
+
+/// Checks what the file holds, where the machine's kernel can tell (`cachestat(2)`).
+pub fn assert_resident(file: &GuestMemfd, bytes: u64) {
+    if let Some(resident) = file.resident_bytes() {
+        assert_eq!(resident, bytes);
+    }
 }

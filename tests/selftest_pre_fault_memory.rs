@@ -10,6 +10,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use cvm_memory::addr::{FilePage, GfnRange};
 use cvm_memory::backing::{SharedBacking, SharedMemory, SharedSlice};
@@ -108,6 +109,27 @@ fn errno_name(errno: Errno) -> &'static str {
     }
 }
 
+/// Set when this goes, however that comes about.
+struct Sets<'a>(&'a AtomicBool);
+
+impl Drop for Sets<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+/// Interrupts the vCPU's thread now and then.
+///
+/// The kernel needs that. Deleting a slot of a VM of the default type makes the roots of its page tables obsolete, and a
+/// vCPU that is in the middle of mapping ahead tries each page again until it has a new one, which it gets outside that
+/// loop only; the deletion waits for the vCPU to leave. Nothing but a signal ends it.
+fn interrupt_until(over: &AtomicBool, interrupt: &impl Fn()) {
+    while !over.load(Ordering::SeqCst) {
+        interrupt();
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
 /// A raw slot, shared memory that is filled, and private pages where they are due. The file is only there for a VM that
 /// can use it.
 fn raw_slot<M: Machine>(vm: &M, kind: Kind, gpa: u64) -> (MemoryRegion, Option<GuestMemfd>) {
@@ -177,14 +199,13 @@ fn by_the_ioctl_while_the_slot_comes_and_goes<M: Machine>() {
         let over = AtomicBool::new(false);
         thread::scope(|scope| {
             scope.spawn(|| {
+                let _over = Sets(&over);
                 for _ in 0..TIMES {
                     set(&vm, &deletion(&region)).unwrap();
-                    interrupt();
                     set(&vm, &region).unwrap();
-                    interrupt();
                 }
-                over.store(true, Ordering::SeqCst);
             });
+            scope.spawn(|| interrupt_until(&over, &interrupt));
             loop {
                 let last = over.load(Ordering::SeqCst);
                 let (result, left) = pre_fault(&mut guest, gpa, SIZE, &mut tally);
@@ -280,14 +301,13 @@ fn by_the_library_while_the_slot_comes_and_goes<M: Machine>() {
         let (mut whole, mut absent) = (0_u64, 0_u64);
         thread::scope(|scope| {
             scope.spawn(|| {
+                let _over = Sets(&over);
                 for _ in 0..TIMES {
                     memory.remove_slot(SlotId::new(SLOT)).unwrap();
-                    interrupt();
                     memory.add_slots(vec![slot.clone()]).unwrap();
-                    interrupt();
                 }
-                over.store(true, Ordering::SeqCst);
             });
+            scope.spawn(|| interrupt_until(&over, &interrupt));
             loop {
                 let last = over.load(Ordering::SeqCst);
                 let done = ahead(&memory, &mut guest, gpa, SIZE).unwrap();

@@ -41,6 +41,9 @@ pub trait Machine: Hypervisor + Clone + 'static {
     /// A VM of that kind, which has guest_memfd and, if the platform has, private memory; or a skip.
     fn create(platform: Platform) -> Option<Self>;
 
+    /// The VM's descriptor, if it has one.
+    fn vm_fd(&self) -> Option<RawFd>;
+
     /// vCPU `id`; ids are given in order.
     fn guest(&self, id: u64) -> Self::Guest;
 
@@ -59,6 +62,10 @@ impl Machine for SoftVm {
 
     fn create(platform: Platform) -> Option<Self> {
         Some(if platform == Platform::DEFAULT { Self::default_type() } else { Self::software_protected() })
+    }
+
+    fn vm_fd(&self) -> Option<RawFd> {
+        None
     }
 
     fn guest(&self, _id: u64) -> SoftGuest {
@@ -92,6 +99,10 @@ impl Machine for KvmVm {
         require(&vm, Cap::USER_MEMORY2, 1)?;
         require(&vm, Cap::GUEST_MEMFD, 1)?;
         Some(vm)
+    }
+
+    fn vm_fd(&self) -> Option<RawFd> {
+        Some(self.vm().as_raw_fd())
     }
 
     fn guest(&self, id: u64) -> KvmGuest {

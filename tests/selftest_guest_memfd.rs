@@ -243,8 +243,7 @@ impl Mapped {
         let first = start.next_multiple_of(len);
         assert!(first + len <= start + self.len);
         // SAFETY: within the mapping, and it changes nothing of what the memory holds.
-        let result =
-            unsafe { libc::madvise(std::ptr::with_exposed_provenance_mut(first), len, libc::MADV_COLLAPSE) };
+        let result = unsafe { libc::madvise(std::ptr::with_exposed_provenance_mut(first), len, libc::MADV_COLLAPSE) };
         Errno::result(result).map(drop)
     }
 }

@@ -168,7 +168,8 @@ fn by_the_ioctl<M: Machine>() {
         assert_eq!(tally.partial, if kind == Kind::Private { 2 } else { 1 }, "{kind:?}");
 
         // What is not even looked at.
-        for (gpa, size, flags) in [(gpa, 0, 0), (gpa + 1, PAGE, 0), (gpa, PAGE + 1, 0), (gpa, PAGE, 1), (!0xfff, 2 * PAGE, 0)]
+        for (gpa, size, flags) in
+            [(gpa, 0, 0), (gpa + 1, PAGE, 0), (gpa, PAGE + 1, 0), (gpa, PAGE, 1), (!0xfff, 2 * PAGE, 0)]
         {
             let mut range = PreFaultMemory { gpa, size, flags };
             assert_eq!(guest.pre_fault_memory(&mut range), Err(Errno::EINVAL), "{range:x?}");
@@ -258,7 +259,8 @@ fn by_the_library<M: Machine>() {
         let Some((vm, mut guest, gpa)) = machine::<M>(kind) else { return };
         let (memory, slot) = memory(&vm, kind, gpa);
         let private = |bytes: u64| if kind == Kind::Private { bytes } else { 0 };
-        for (offset, size, done) in [(0, 2 * MIB, 2 * MIB), (2 * MIB, 2 * PAGE, PAGE), (SIZE, PAGE, 0), (0, SIZE, SIZE)] {
+        for (offset, size, done) in [(0, 2 * MIB, 2 * MIB), (2 * MIB, 2 * PAGE, PAGE), (SIZE, PAGE, 0), (0, SIZE, SIZE)]
+        {
             let done = Prefaulted { bytes: private(done), left: Vec::new() };
             assert_eq!(ahead(&memory, &mut guest, gpa + offset, size).unwrap(), done, "{kind:?}");
         }

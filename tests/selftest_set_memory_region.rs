@@ -131,11 +131,8 @@ fn files_of_other_kinds<M: Machine>() {
         let memfd = memfd::MemfdOptions::new().create("not a guest's").unwrap().into_file();
         memfd.set_len(SIZE).unwrap();
         let null = File::open("/dev/null").unwrap();
-        let mut kinds: Vec<(&str, RawFd)> = vec![
-            ("another VM's", fd(&theirs)),
-            ("a memfd", memfd.as_raw_fd()),
-            ("a device", null.as_raw_fd()),
-        ];
+        let mut kinds: Vec<(&str, RawFd)> =
+            vec![("another VM's", fd(&theirs)), ("a memfd", memfd.as_raw_fd()), ("a device", null.as_raw_fd())];
         // Whoever has a real one has these as well.
         let dev_kvm = File::open("/dev/kvm");
         if let Ok(file) = &dev_kvm {
@@ -367,7 +364,8 @@ fn as_many_slots_as_there_are<M: Machine>() {
     drop(memory);
     assert_eq!(vm.count() as u64, 2 * most);
     let deleted = vm.entries().iter().skip(usize::try_from(most).unwrap()).all(|entry| {
-        matches!(entry.call, Call::SetUserMemoryRegion2(MemoryRegion { memory_size: 0, .. })) && entry.result == Some(Ok(()))
+        matches!(entry.call, Call::SetUserMemoryRegion2(MemoryRegion { memory_size: 0, .. }))
+            && entry.result == Some(Ok(()))
     });
     assert!(deleted);
     println!("{}: {most} slots added in {added:?}, deleted in {:?}", M::NAME, start.elapsed());

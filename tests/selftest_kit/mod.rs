@@ -154,7 +154,14 @@ pub fn leaked(size: u64) -> &'static SharedMemory {
 
 /// A slot without a file.
 pub fn plain_slot(slot: u32, gpa: u64, size: u64, userspace_addr: u64) -> MemoryRegion {
-    MemoryRegion { slot, guest_phys_addr: gpa, memory_size: size, userspace_addr, guest_memfd: -1, ..Default::default() }
+    MemoryRegion {
+        slot,
+        guest_phys_addr: gpa,
+        memory_size: size,
+        userspace_addr,
+        guest_memfd: -1,
+        ..Default::default()
+    }
 }
 
 /// A slot with a file, and nothing at its address in this process.

@@ -213,3 +213,14 @@ pub fn assert_resident(file: &GuestMemfd, bytes: u64) {
         assert_eq!(resident, bytes);
     }
 }
+
+/// What this kernel answers for file pages that are bound already: `EEXIST` since 7.2, `EINVAL` before.
+pub fn pages_are_bound(vm: &dyn Hypervisor) -> Errno {
+    let file = vm.create_guest_memfd(PAGE, 0).unwrap();
+    let held = gmem_slot(100, 1 << 30, PAGE, fd(&file), 0);
+    set(vm, &held).unwrap();
+    let errno = set(vm, &gmem_slot(101, 2 << 30, PAGE, fd(&file), 0)).unwrap_err();
+    set(vm, &deletion(&held)).unwrap();
+    assert!(errno == Errno::EEXIST || errno == Errno::EINVAL, "{errno}");
+    errno
+}

@@ -197,7 +197,10 @@ impl Bindings {
         runs.sort_by_key(|run| run.pages.start());
         for (held, run) in pairs(&runs) {
             if let Some(common) = held.pages.intersection(&run.pages) {
-                return Err(BindError::Overlap { slot: run.slot, with: held.slot, common });
+                // Whichever comes first in the file: a binding that is there already is not the one at fault.
+                let known = self.runs.iter().any(|known| known.slot == run.slot);
+                let (slot, with) = if known { (held.slot, run.slot) } else { (run.slot, held.slot) };
+                return Err(BindError::Overlap { slot, with, common });
             }
         }
         self.runs = runs;

@@ -207,6 +207,9 @@ impl Layout {
         all.sort_by_key(|slot| (slot.id.as_id, slot.gfns.start()));
         for (held, slot) in pairs(&all) {
             if held.id.as_id == slot.id.as_id && held.gfns.overlaps(&slot.gfns) {
+                // Whichever comes first by address: a slot that is there already is not the one at fault.
+                let known = self.table.get(slot.id).is_some();
+                let (slot, held) = if known { (held, slot) } else { (slot, held) };
                 return Err(LayoutError::overlap(slot, held));
             }
         }

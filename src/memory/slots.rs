@@ -14,7 +14,7 @@ use nix::errno::Errno;
 use crate::addr::{AddrError, FilePage, FileRange, GfnRange};
 use crate::backing::{SharedSlice, Space};
 use crate::convert::{LockError, Outcome, StepError};
-use crate::gmem::{FileId, GuestMemfd};
+use crate::gmem::{FileId, GmemFlags, GuestMemfd};
 use crate::hypervisor::MemoryRegion;
 use crate::layout::{FileBinding, LayoutError, Memslot, SlotFlags, SlotId};
 use crate::page_set::PageSetError;
@@ -36,6 +36,13 @@ pub struct SlotSpec {
     pub private: Option<(Arc<GuestMemfd>, FilePage)>,
     /// Flags besides `KVM_MEM_GUEST_MEMFD`, which follows from `private`.
     pub flags: SlotFlags,
+}
+
+impl SlotSpec {
+    /// Whether its pages can change state: they have a private side, and the file did not start out shared.
+    pub(super) fn is_convertible(&self) -> bool {
+        self.private.as_ref().is_some_and(|(file, _)| !file.flags().contains(GmemFlags::INIT_SHARED))
+    }
 }
 
 /// Why a slot could not be added or removed. Unless it says otherwise, everything is as it was.

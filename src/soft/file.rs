@@ -121,7 +121,10 @@ impl GmemFile {
             return Err(Errno::EHWPOISON);
         }
         if !held.up_to_date {
-            self.write_at(page, 0, &[0; PAGE_BYTES])?;
+            // Where the host may touch pages, its mapping may have been first; and a fresh page of a memfd is zeroes.
+            if !self.starts_shared() {
+                self.write_at(page, 0, &[0; PAGE_BYTES])?;
+            }
             held.up_to_date = true;
         }
         if !self.starts_shared() {

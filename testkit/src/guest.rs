@@ -86,6 +86,12 @@ pub trait Guest: Vcpu {
     /// The code that has to be in memory for [`GuestOp::Fetch`]: a return.
     fn return_code(&self) -> &'static [u8];
 
+    /// How the guest accesses memory from the next operation on, where accesses carry their privacy. Elsewhere nothing
+    /// changes.
+    fn set_private(&mut self, private: bool) {
+        let _ = private;
+    }
+
     /// Does `op` to its end. `handle` deals with every exit on the way.
     ///
     /// # Panics

@@ -7,8 +7,10 @@ pub mod guest;
 pub mod kvm_guest;
 pub mod recorder;
 pub mod skip;
+pub mod soft_guest;
 
 pub use guest::{Guest, GuestOp, Outcome};
 pub use kvm_guest::{KvmGuest, Placement, RealModeGuest};
 pub use recorder::{Call, Recorder};
 pub use skip::{kvm, private_kvm};
+pub use soft_guest::SoftGuest;

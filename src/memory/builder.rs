@@ -178,7 +178,8 @@ impl Builder {
     pub fn build(self, vm: Arc<dyn Hypervisor>) -> Result<CvmMemory, BuildError> {
         let platform = vm.platform();
         let capabilities = Capabilities::probe(vm.as_ref());
-        let convertible = self.ram.iter().any(|ram| ram.convertible);
+        let convertible =
+            self.ram.iter().any(|ram| ram.convertible) || self.slots.iter().any(|slot| slot.private.is_some());
         self.check(vm.as_ref(), convertible)?;
 
         let mut specs = self.slots;

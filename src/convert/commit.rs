@@ -148,7 +148,7 @@ pub fn commit(plan: &Plan, effects: &dyn Effects) -> Outcome {
         if freed {
             return leave_the_rest(plan, rest, step.gfns(), cause, effects);
         }
-        return undo(before, step.gfns(), cause, effects);
+        return undo(plan, before, step.gfns(), cause, effects);
     }
     if plan.changed.is_empty() { Outcome::Unchanged } else { Outcome::Converted { pages: plan.pages_changed() } }
 }
@@ -177,11 +177,14 @@ fn leave_the_rest(plan: &Plan, rest: &[Step], at: GfnRange, cause: StepError, ef
     Outcome::Poisoned { done: plan.changed.clone(), at, cause, undo: failed }
 }
 
-/// Undoes `steps`, last first. What cannot be undone stays as the plan wanted it, in KVM, record and listeners alike.
-fn undo(steps: &[Step], at: GfnRange, cause: StepError, effects: &dyn Effects) -> Outcome {
+/// Undoes `steps`, the first ones of `plan`, last first. What cannot be undone stays as the plan wanted it, in KVM, record
+/// and listeners alike, and the side of it that lost is left to be freed later.
+fn undo(plan: &Plan, steps: &[Step], at: GfnRange, cause: StepError, effects: &dyn Effects) -> Outcome {
     let mut stuck: Vec<GfnRange> = Vec::new();
     let mut failed = None;
-    let listeners = steps.iter().any(|step| matches!(step, Step::Map(_) | Step::Unmap(_)));
+    // Asked of the whole plan: it may have failed before it came to either.
+    let listeners = plan.steps.iter().any(|step| matches!(step, Step::Map(_) | Step::Unmap(_)));
+    let frees = plan.steps.iter().any(|step| step.is_final() || matches!(step, Step::Defer(..)));
     for step in steps.iter().rev() {
         match step {
             Step::Map(gfns) => effects.unmap(*gfns),
@@ -192,6 +195,9 @@ fn undo(steps: &[Step], at: GfnRange, cause: StepError, effects: &dyn Effects) -
                     failed = effects.publish(*gfns, *to).err().or(Some(error));
                     if *to == State::Shared && listeners {
                         failed = effects.map(*gfns).err().or(failed);
+                    }
+                    if frees {
+                        failed = effects.defer(*gfns, to.opposite()).err().or(failed);
                     }
                     stuck.push(*gfns);
                 }

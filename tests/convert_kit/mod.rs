@@ -377,6 +377,12 @@ impl World {
     /// Record, KVM and listeners agree. `lazy`: the record may be ahead of KVM.
     #[track_caller]
     pub fn check(&self, lazy: bool) {
+        self.check_but(lazy, &BTreeSet::new());
+    }
+
+    /// As [`check`](Self::check), but for frames that listeners could not map again.
+    #[track_caller]
+    pub fn check_but(&self, lazy: bool, unmapped: &BTreeSet<u64>) {
         let (declared, attributes) = (self.declared(), self.attributes());
         let live: BTreeSet<u64> = self.convertible().into_iter().collect();
         assert!(self.materialised().iter().eq(attributes.intersection(&live)), "record of attributes against KVM");
@@ -391,7 +397,7 @@ impl World {
         let shared: BTreeMap<u64, u64> = self
             .frames_where(|_| true)
             .into_iter()
-            .filter(|gfn| !declared.contains(gfn))
+            .filter(|gfn| !declared.contains(gfn) && !unmapped.contains(gfn))
             .map(|gfn| (gfn, self.hva(gfn).unwrap()))
             .collect();
         for ears in &self.ears {

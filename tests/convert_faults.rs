@@ -185,7 +185,8 @@ fn every_call_fails_once() {
 #[test]
 fn every_undo_fails_too() {
     let mut poisoned = 0;
-    for config in configs().into_iter().filter(|config| config.chunk_pages == 3 && config.listeners != 3) {
+    let few = |config: &Config| config.chunk_pages == 3 && config.listeners % 2 == 0;
+    for config in configs().into_iter().filter(few) {
         for to in [Shared, Private] {
             for k in 0.. {
                 let mut reached = 0;

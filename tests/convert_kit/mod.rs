@@ -193,6 +193,7 @@ pub struct Config {
     pub initial: State,
     pub discard: DiscardPolicy,
     pub chunk_pages: u64,
+    pub materialise_pages: u64,
     /// First frame and pages of each slot; their file pages follow one another.
     pub slots: Vec<(u64, u64)>,
     /// Each slot has shared memory of its own, else all share one mapping.
@@ -211,6 +212,7 @@ impl Default for Config {
             initial: State::Private,
             discard: DiscardPolicy::Immediate,
             chunk_pages: ConvertOptions::default().chunk_pages,
+            materialise_pages: ConvertOptions::default().materialise_pages,
             slots: vec![(0, 1024)],
             own_backings: false,
             granule: PAGE_SIZE,
@@ -274,7 +276,7 @@ impl World {
             discard: config.discard,
             pins: PinPolicy::Refuse,
             chunk_pages: config.chunk_pages,
-            ..ConvertOptions::default()
+            materialise_pages: config.materialise_pages,
         };
         let builder = CvmMemory::builder()
             .initial(config.initial)

@@ -74,6 +74,12 @@ pub trait Effects {
     /// # Errors
     /// [`StepError::Listener`].
     fn map(&self, gfns: GfnRange) -> Result<(), StepError>;
+    /// Listeners map `gfns`, which is or stays shared whether they can or not. If not, that is remembered, so that they are
+    /// not told to unmap what they do not have.
+    ///
+    /// # Errors
+    /// [`StepError::Listener`].
+    fn map_again(&self, gfns: GfnRange) -> Result<(), StepError>;
     /// KVM's attributes.
     ///
     /// # Errors
@@ -121,16 +127,19 @@ pub enum Outcome {
         /// What failed.
         cause: StepError,
     },
-    /// A step failed, and not everything before it could be undone. The record, KVM and the listeners agree on `done`,
-    /// unless `undo` is a listener's error: then that listener lacks the frames it names.
+    /// A step failed, and not everything before it could be undone. The record and KVM agree on `done`, and so do the
+    /// listeners but for `unmapped`.
     Poisoned {
         /// The frames that are in the wanted state now; all others are in the state they were in.
         done: Vec<GfnRange>,
+        /// Frames that are shared now and that no listener has mapped, because one of them could not. Converting them to
+        /// private and back is another chance.
+        unmapped: Vec<GfnRange>,
         /// The frames of the step that failed.
         at: GfnRange,
         /// What failed.
         cause: StepError,
-        /// What failed while undoing. `None` if the failing step was the second or a later one of freeing memory: what
+        /// What failed first while undoing. `None` if the failing step was the second or a later one of freeing memory: what
         /// was not freed has been left to be freed later.
         undo: Option<StepError>,
     },
@@ -148,7 +157,7 @@ pub fn commit(plan: &Plan, effects: &dyn Effects) -> Outcome {
         if freed {
             return leave_the_rest(plan, rest, step.gfns(), cause, effects);
         }
-        return undo(before, step.gfns(), cause, effects);
+        return undo(plan, before, step.gfns(), cause, effects);
     }
     if plan.changed.is_empty() { Outcome::Unchanged } else { Outcome::Converted { pages: plan.pages_changed() } }
 }
@@ -172,48 +181,56 @@ fn apply(step: &Step, effects: &dyn Effects) -> Result<(), StepError> {
 fn leave_the_rest(plan: &Plan, rest: &[Step], at: GfnRange, cause: StepError, effects: &dyn Effects) -> Outcome {
     let mut failed = None;
     for step in rest.iter().filter(|step| step.is_final()) {
-        failed = effects.defer(step.gfns(), plan.to.opposite()).err().or(failed);
+        failed = failed.or(effects.defer(step.gfns(), plan.to.opposite()).err());
     }
-    Outcome::Poisoned { done: plan.changed.clone(), at, cause, undo: failed }
+    Outcome::Poisoned { done: plan.changed.clone(), unmapped: Vec::new(), at, cause, undo: failed }
 }
 
-/// Undoes `steps`, last first. What cannot be undone stays as the plan wanted it, in KVM, record and listeners alike.
-fn undo(steps: &[Step], at: GfnRange, cause: StepError, effects: &dyn Effects) -> Outcome {
-    let mut stuck: Vec<GfnRange> = Vec::new();
+/// Undoes `steps`, the first ones of `plan`, last first. What cannot be undone stays as the plan wanted it, in KVM, record
+/// and listeners alike, and the side of it that lost is left to be freed later.
+fn undo(plan: &Plan, steps: &[Step], at: GfnRange, cause: StepError, effects: &dyn Effects) -> Outcome {
+    let (mut stuck, mut unmapped) = (Vec::new(), Vec::new());
     let mut failed = None;
-    let listeners = steps.iter().any(|step| matches!(step, Step::Map(_) | Step::Unmap(_)));
+    // Asked of the whole plan: it may have failed before it came to either.
+    let listeners = plan.steps.iter().any(|step| matches!(step, Step::Map(_) | Step::Unmap(_)));
+    let frees = plan.steps.iter().any(|step| step.is_final() || matches!(step, Step::Defer(..)));
+    // `or`, not `or_else`: everything is tried, whatever failed before.
+    let mut map_again = |gfns| effects.map_again(gfns).inspect_err(|_| unmapped.push(gfns)).err();
     for step in steps.iter().rev() {
         match step {
             Step::Map(gfns) => effects.unmap(*gfns),
-            Step::Publish(gfns, to) => failed = effects.publish(*gfns, to.opposite()).err().or(failed),
+            Step::Publish(gfns, to) => failed = failed.or(effects.publish(*gfns, to.opposite()).err()),
             Step::SetAttributes(gfns, to) => {
-                if let Err(error) = effects.set_attributes(*gfns, to.opposite()) {
-                    // The page stays converted, so everybody must know it as converted.
-                    failed = effects.publish(*gfns, *to).err().or(Some(error));
-                    if *to == State::Shared && listeners {
-                        failed = effects.map(*gfns).err().or(failed);
-                    }
-                    stuck.push(*gfns);
+                let Err(error) = effects.set_attributes(*gfns, to.opposite()) else { continue };
+                // The page stays converted, so everybody must know it as converted.
+                failed = failed.or(Some(error)).or(effects.publish(*gfns, *to).err());
+                if *to == State::Shared && listeners {
+                    failed = failed.or(map_again(*gfns));
                 }
+                if frees {
+                    failed = failed.or(effects.defer(*gfns, to.opposite()).err());
+                }
+                stuck.push(*gfns);
             }
             Step::Unmap(gfns) => {
                 stuck.sort_unstable();
                 for gfns in subtract_lists(&[*gfns], &merge_adjacent(stuck.iter().copied())) {
-                    failed = effects.map(gfns).err().or(failed);
+                    failed = failed.or(map_again(gfns));
                 }
             }
-            Step::Defer(gfns, side) => failed = effects.keep(*gfns, *side).err().or(failed),
+            Step::Defer(gfns, side) => failed = failed.or(effects.keep(*gfns, *side).err()),
             // Nobody had a use for what these freed.
             Step::SettlePrivate(_) | Step::SettleShared(_) => {}
             // Never undone: once one has succeeded, the conversion stands.
             Step::DiscardPrivate(_) | Step::DiscardShared(_) => {}
         }
     }
-    match failed {
-        None => Outcome::RolledBack { cause },
-        Some(_) => {
-            stuck.sort_unstable();
-            Outcome::Poisoned { done: merge_adjacent(stuck), at, cause, undo: failed }
-        }
+    if failed.is_none() {
+        return Outcome::RolledBack { cause };
     }
+    let merged = |mut gfns: Vec<GfnRange>| {
+        gfns.sort_unstable();
+        merge_adjacent(gfns)
+    };
+    Outcome::Poisoned { done: merged(stuck), unmapped: merged(unmapped), at, cause, undo: failed }
 }

@@ -1,6 +1,6 @@
 //! What the steps of a plan do to KVM, to the record, to those who listen and to the memory.
 
-use crate::addr::GfnRange;
+use crate::addr::{GfnRange, subtract_lists};
 use crate::backing::Space;
 use crate::gmem::GmemError;
 use crate::hypervisor::{Hypervisor, MEMORY_ATTRIBUTE_PRIVATE, MemoryAttributes};
@@ -21,6 +21,7 @@ pub(super) struct Executor<'a> {
     pub(super) declared: &'a PageSet,
     pub(super) materialised: &'a PageSet,
     pub(super) listeners: &'a Listeners,
+    pub(super) unmapped: &'a PageSet,
     pub(super) queue: &'a DiscardQueue,
     pub(super) counters: &'a SyscallCounters,
 }
@@ -37,11 +38,25 @@ impl Executor<'_> {
 
 impl Effects for Executor<'_> {
     fn unmap(&self, gfns: GfnRange) {
-        self.listeners.unmap(&self.run(gfns));
+        let missing: Vec<_> = self.unmapped.member_runs(gfns).collect();
+        for gfns in subtract_lists(&[gfns], &missing) {
+            self.listeners.unmap(&self.run(gfns));
+        }
+        for gfns in missing {
+            // It was in the set, so it can be taken out.
+            let _gone = self.unmapped.remove(gfns);
+        }
     }
 
     fn map(&self, gfns: GfnRange) -> Result<(), StepError> {
         self.listeners.map(&self.run(gfns)).map_err(|error| StepError::Listener { gfns, error })
+    }
+
+    fn map_again(&self, gfns: GfnRange) -> Result<(), StepError> {
+        self.map(gfns).inspect_err(|_| {
+            // The set is as large as the record, in which these frames are.
+            let _remembered = self.unmapped.insert(gfns);
+        })
     }
 
     fn set_attributes(&self, gfns: GfnRange, to: State) -> Result<(), StepError> {

@@ -2,7 +2,8 @@
 //!
 //! A listener hears each run of frames that becomes shared ([`map`](Listener::map)) and each that is about to become
 //! private ([`unmap`](Listener::unmap)). Mapping may fail, and then those that have mapped already unmap again, last
-//! first; unmapping must not fail. The calls of one frame alternate, starting with `map`.
+//! first; unmapping must not fail. The calls of one frame alternate, starting with `map`. What is unmapped together need not
+//! have been mapped together: a run may be part of an earlier one, or several.
 //!
 //! Calls come from whichever thread converts, under the range's lock: a listener must not convert, pin or (un)register.
 

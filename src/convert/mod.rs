@@ -29,7 +29,7 @@ use std::sync::Arc;
 
 use arc_swap::{ArcSwap, Guard};
 
-use crate::addr::{Gfn, GfnRange, PAGE_SIZE, PAGES_PER_2M};
+use crate::addr::{Gfn, GfnRange, PAGE_SIZE, PAGES_PER_2M, subtract_lists};
 use crate::backing::Space;
 use crate::hypervisor::Hypervisor;
 use crate::page_set::{PageSet, PageSetError};
@@ -126,6 +126,8 @@ pub struct Converter {
     materialised: PageSet,
     locks: RangeLock,
     listeners: Listeners,
+    /// Frames that are shared and that listeners nevertheless could not map again.
+    unmapped: PageSet,
     queue: DiscardQueue,
     options: ConvertOptions,
     counters: Counters,
@@ -150,6 +152,7 @@ impl Converter {
             materialised: PageSet::new(capacity)?,
             locks: RangeLock::default(),
             listeners: Listeners::default(),
+            unmapped: PageSet::new(capacity)?,
             queue: DiscardQueue::new(capacity)?,
             options,
             counters: Counters::default(),
@@ -418,35 +421,54 @@ impl Converter {
         if let Some(listener) = self.listeners.remove(id) {
             self.shared_runs(everything()).iter().rev().for_each(|run| listener.unmap(run));
         }
+        if self.listeners.is_empty() {
+            self.forget_unmapped(everything());
+        }
         Ok(())
     }
 
-    /// The shared runs of memory within `gfns`, as listeners hear of them.
+    /// The shared runs of memory within `gfns`, as listeners hear of them: without those that they could not map again.
     pub fn shared_runs(&self, gfns: GfnRange) -> Vec<SharedRun> {
         let space = self.space.load();
         let memory = space.layout().table().segments(gfns).filter(|segment| segment.slot.is_some());
         let memory = crate::addr::merge_adjacent(memory.map(|segment| segment.gfns));
-        let shared = memory.into_iter().flat_map(|gfns| self.declared.differing_runs(gfns, true).collect::<Vec<_>>());
+        let shared: Vec<_> = memory.iter().flat_map(|&gfns| self.declared.differing_runs(gfns, true)).collect();
+        let unmapped: Vec<_> = self.unmapped.member_runs(gfns).collect();
+        let shared = subtract_lists(&shared, &unmapped).into_iter();
         shared.map(|gfns| SharedRun { gfns, pieces: space.shared_pieces(gfns) }).collect()
+    }
+
+    /// Nobody has `gfns` mapped, or everybody is about to.
+    fn forget_unmapped(&self, gfns: GfnRange) {
+        for gfns in self.unmapped.member_runs(gfns) {
+            // It was in the set, so it can be taken out.
+            let _gone = self.unmapped.remove(gfns);
+        }
     }
 
     /// Tells listeners of memory that has been added, or is about to go. The caller holds
     /// [`exclusive`](Self::exclusive) over `gfns`.
     ///
     /// # Errors
-    /// [`StepError::Listener`]: nothing of `gfns` is mapped then.
+    /// [`StepError::Listener`]: nothing of `gfns` is mapped then, and nobody will be told to unmap it.
     pub fn announce_locked(&self, gfns: GfnRange, mapped: bool) -> Result<(), StepError> {
         if self.listeners.is_empty() {
             return Ok(());
         }
-        let runs = self.shared_runs(gfns);
         if !mapped {
-            runs.iter().rev().for_each(|run| self.listeners.unmap(run));
+            self.shared_runs(gfns).iter().rev().for_each(|run| self.listeners.unmap(run));
+            self.forget_unmapped(gfns);
             return Ok(());
         }
+        self.forget_unmapped(gfns);
+        let runs = self.shared_runs(gfns);
         for (done, run) in runs.iter().enumerate() {
             if let Err(error) = self.listeners.map(run) {
                 runs.iter().take(done).rev().for_each(|earlier| self.listeners.unmap(earlier));
+                for run in &runs {
+                    // Memory beyond the record is never private, and goes as it came.
+                    let _remembered = self.unmapped.insert(run.gfns);
+                }
                 return Err(StepError::Listener { gfns: run.gfns, error });
             }
         }
@@ -468,6 +490,7 @@ impl Converter {
             declared: &self.declared,
             materialised: &self.materialised,
             listeners: &self.listeners,
+            unmapped: &self.unmapped,
             queue: &self.queue,
             counters: &self.counters.issued,
         }

@@ -77,7 +77,18 @@ fn messages_carry_the_range_in_hex() {
     assert_eq!(format!("{:?} {}", range(1, 16), gfn(16)), "[0x1, 0x10) 0x10");
 }
 
+/// Miri takes a thousand times as long, and has no file system to keep failures in.
+fn config() -> ProptestConfig {
+    if cfg!(miri) {
+        ProptestConfig { cases: 8, failure_persistence: None, ..ProptestConfig::default() }
+    } else {
+        ProptestConfig::default()
+    }
+}
+
 proptest! {
+    #![proptest_config(config())]
+
     #[test]
     fn intersection_and_overlap_are_those_of_sets(a in any_range(), b in any_range()) {
         let both: BTreeSet<u64> = pages(&a).intersection(&pages(&b)).copied().collect();

@@ -101,6 +101,12 @@ impl Space {
         Ok(slot)
     }
 
+    /// Lets go of a file. Slots that are still bound to it lose their private side.
+    pub fn release_file(&mut self, id: FileId) {
+        self.layout.close_file(id);
+        self.files.remove(&id);
+    }
+
     /// Whether the pages of `slot` can change state: they have a private side, and the file did not start out shared.
     pub fn is_convertible(&self, slot: &Memslot) -> bool {
         let file = slot.binding.and_then(|binding| self.files.get(&binding.file));

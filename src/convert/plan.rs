@@ -6,7 +6,8 @@
 //!    that no stale byte comes back. Nobody uses that side yet, so this needs no undo.
 //! 2. To private: listeners *unmap* before the attribute changes, so that no device reaches a page the guest believes
 //!    private.
-//! 3. KVM's *attributes*, then the *record*: who reads the record never sees shared where KVM still says private.
+//! 3. KVM's *attributes*, then the *record*, both under the lock that every device access shares. A reader of the record
+//!    alone may see a page change a moment after KVM did, and never one that did not change.
 //! 4. To shared: listeners *map*, once KVM and the record say shared.
 //! 5. *Discard* of the side that lost, strictly last: everything before it can be undone exactly, freeing cannot.
 //!

@@ -14,7 +14,7 @@ use nix::errno::Errno;
 use crate::addr::{AddrError, FilePage, FileRange, GfnRange};
 use crate::backing::{SharedSlice, Space};
 use crate::convert::{LockError, Outcome, StepError};
-use crate::gmem::{GmemFlags, GuestMemfd};
+use crate::gmem::{FileId, GmemFlags, GuestMemfd};
 use crate::hypervisor::MemoryRegion;
 use crate::layout::{FileBinding, LayoutError, Memslot, SlotFlags, SlotId};
 use crate::page_set::PageSetError;
@@ -100,6 +100,12 @@ pub enum SlotError {
         /// Why.
         #[source]
         error: StepError,
+    },
+    /// A slot is bound to the file.
+    #[error("guest_memfd {file} is bound to a slot")]
+    FileInUse {
+        /// The file.
+        file: FileId,
     },
     /// KVM refused a slot that should have been fine.
     #[error("set slot {slot:#x}, gfns {gfns}")]
@@ -190,6 +196,21 @@ impl CvmMemory {
             self.converter.announce_locked(gfns, true).map_err(step)?;
             return Err(error);
         }
+        self.converter.publish_space(next);
+        Ok(())
+    }
+
+    /// Lets go of a file that no slot is bound to any more: its pages are freed when its last owner drops it.
+    ///
+    /// # Errors
+    /// [`SlotError::FileInUse`] while a slot is bound to it.
+    pub fn release_file(&self, file: FileId) -> Result<(), SlotError> {
+        let _editing = self.editing();
+        let mut next = Space::clone(&self.converter.space());
+        if next.layout().bindings(file).is_some_and(|bindings| !bindings.is_empty()) {
+            return Err(SlotError::FileInUse { file });
+        }
+        next.release_file(file);
         self.converter.publish_space(next);
         Ok(())
     }

@@ -40,7 +40,7 @@ pub fn private(id: SlotId, gfns: GfnRange, file: FileId, start: u64) -> Memslot 
 /// Fewer cases where each is a thousand times slower, and no files where there is no file system.
 pub fn cases(n: u32) -> ProptestConfig {
     if cfg!(miri) {
-        ProptestConfig { cases: (n / 32).max(4), failure_persistence: None, ..ProptestConfig::default() }
+        ProptestConfig { cases: (n / 256).max(2), failure_persistence: None, ..ProptestConfig::default() }
     } else {
         ProptestConfig { cases: n, ..ProptestConfig::default() }
     }

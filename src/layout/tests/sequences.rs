@@ -163,7 +163,7 @@ proptest! {
     #![proptest_config(cases(512))]
 
     #[test]
-    fn sequences_are_the_model(ops in prop::collection::vec(any_op(), 1..60)) {
+    fn sequences_are_the_model(ops in prop::collection::vec(any_op(), 1..if cfg!(miri) { 8 } else { 60 })) {
         let limits = small();
         let (mut layout, mut model) = (Layout::new(limits), Model::default());
         for file in 0..3 {

@@ -1,0 +1,96 @@
+//! Who runs the guest: KVM with private memory, or the software KVM.
+
+use std::error::Error;
+use std::sync::Arc;
+
+use cvm_memory::addr::GfnRange;
+use cvm_memory::hypervisor::kvm::KvmVm;
+use cvm_memory::hypervisor::{Cap, Capabilities, Hypervisor, MEMORY_ATTRIBUTE_PRIVATE, Platform};
+use cvm_memory::soft::SoftVm;
+use cvm_memory_testkit::{Guest, KvmGuest, SoftGuest};
+use kvm_ioctls::Kvm;
+
+use crate::Failure;
+use crate::args::{Args, BackendChoice, SoftVmKind};
+
+pub enum Backend {
+    Soft(SoftVm),
+    Kvm(KvmVm),
+}
+
+impl Backend {
+    /// Makes a VM of the kind asked for, and says which on stderr if that was left open.
+    pub fn new(args: &Args) -> Result<Self, Failure> {
+        match args.backend {
+            BackendChoice::Soft => Ok(Self::soft(args)),
+            BackendChoice::Kvm => Ok(Self::Kvm(private_kvm()?)),
+            BackendChoice::Auto => Ok(match private_kvm() {
+                Ok(vm) => {
+                    eprintln!("backend: kvm, which offers software-protected VMs with private memory");
+                    Self::Kvm(vm)
+                }
+                Err(reason) => {
+                    eprintln!("backend: soft, because kvm has no private memory here: {}", chain(reason.as_ref()));
+                    Self::soft(args)
+                }
+            }),
+        }
+    }
+
+    fn soft(args: &Args) -> Self {
+        Self::Soft(match args.soft_vm {
+            SoftVmKind::Tagged => SoftVm::tagged(),
+            SoftVmKind::Protected => SoftVm::software_protected(),
+        })
+    }
+
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Soft(_) => "soft",
+            Self::Kvm(_) => "kvm",
+        }
+    }
+
+    pub fn vm(&self) -> Arc<dyn Hypervisor> {
+        match self {
+            Self::Soft(vm) => Arc::new(vm.clone()),
+            Self::Kvm(vm) => Arc::new(vm.clone()),
+        }
+    }
+
+    /// vCPU number `id`. On KVM its code lives in a slot of its own, of the highest ids, below 4 GiB.
+    pub fn guest(&self, id: u64) -> Box<dyn Guest> {
+        match self {
+            Self::Soft(vm) => Box::new(SoftGuest::new(vm)),
+            Self::Kvm(vm) => Box::new(KvmGuest::new(vm, id)),
+        }
+    }
+
+    /// All frames whose attribute is private, where that can be asked. KVM has no such question.
+    pub fn private_gfns(&self) -> Option<Vec<GfnRange>> {
+        match self {
+            Self::Soft(vm) => Some(vm.private_gfns()),
+            Self::Kvm(_) => None,
+        }
+    }
+}
+
+/// A software-protected VM. What it offers is asked of the VM itself: `/dev/kvm` answers for VMs of the default type.
+fn private_kvm() -> Result<KvmVm, Failure> {
+    let kvm = Kvm::new().map_err(|error| format!("open /dev/kvm: {error}"))?;
+    let vm = KvmVm::create(&kvm, Platform::SOFTWARE_PROTECTED)?;
+    Capabilities::require(&vm, Cap::GUEST_MEMFD, 1)?;
+    Capabilities::require(&vm, Cap::MEMORY_ATTRIBUTES, MEMORY_ATTRIBUTE_PRIVATE)?;
+    Ok(vm)
+}
+
+/// An error with all its causes, on one line.
+pub fn chain(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}

@@ -16,7 +16,7 @@ use cvm_memory::exits::{Action, Handled, VcpuExits};
 use cvm_memory::gmem::GuestMemfd;
 use cvm_memory::hypervisor::{HypercallExit, MemoryRegion, Platform};
 use cvm_memory::layout::SlotFlags;
-use cvm_memory::memory::{CvmMemory, SlotSpec};
+use cvm_memory::memory::{Builder, CvmMemory, SlotSpec};
 use cvm_memory_testkit::{Guest, GuestOp, Outcome};
 use selftest_kit::*;
 
@@ -63,23 +63,34 @@ struct Setup<M> {
 impl<M: Machine> Setup<M> {
     /// Memory for `vcpus`, in one file and `slots` slots.
     fn new(vcpus: u64, slots: u64, backing: Backing) -> Option<Self> {
+        Self::with(vcpus, slots, backing, false)
+    }
+
+    /// The same, added to a VM that was made without any memory.
+    fn added_later(vcpus: u64, slots: u64, backing: Backing) -> Option<Self> {
+        Self::with(vcpus, slots, backing, true)
+    }
+
+    fn with(vcpus: u64, slots: u64, backing: Backing, later: bool) -> Option<Self> {
         let vm = M::create(Platform::SOFTWARE_PROTECTED)?;
         let size = vcpus * STRIDE;
         let file = Arc::new(vm.create_guest_memfd(size, 0).unwrap());
         let shared = Arc::new(SharedMemory::new(size).unwrap());
         let part = size / slots;
         let discard = if backing == Backing::Freed { DiscardPolicy::Immediate } else { DiscardPolicy::Never };
-        let builder = (0..slots).fold(CvmMemory::builder(), |builder, slot| {
-            builder.slot(SlotSpec {
-                id: None,
-                gpa: BASE + slot * part,
-                size: part,
-                shared: SharedSlice { backing: Arc::clone(&shared) as Arc<dyn SharedBacking>, offset: slot * part },
-                private: Some((Arc::clone(&file), FilePage::containing(slot * part))),
-                flags: SlotFlags::empty(),
-            })
-        });
-        let memory = builder.initial(State::Shared).discard(discard).build(Arc::new(vm.clone())).unwrap();
+        let spec = |slot| SlotSpec {
+            id: None,
+            gpa: BASE + slot * part,
+            size: part,
+            shared: SharedSlice { backing: Arc::clone(&shared) as Arc<dyn SharedBacking>, offset: slot * part },
+            private: Some((Arc::clone(&file), FilePage::containing(slot * part))),
+            flags: SlotFlags::empty(),
+        };
+        let (now, then) = if later { (0..0, 0..slots) } else { (0..slots, 0..0) };
+        let builder = now.map(spec).fold(CvmMemory::builder(), Builder::slot);
+        let builder = builder.initial(State::Shared).discard(discard).address_limit(BASE + size);
+        let memory = builder.build(Arc::new(vm.clone())).unwrap();
+        memory.add_slots(then.map(spec).collect()).unwrap();
         Some(Self { vm, memory: Arc::new(memory), file, shared })
     }
 
@@ -217,7 +228,10 @@ impl<M: Machine> Player<'_, M> {
         self.fill(offset, len, REST);
         self.guest_sees(0, DATA, REST);
         self.host_sees(0, DATA, REST);
-        self.punch(0, DATA);
+        // The next round is to begin without private memory; who frees what loses has none.
+        if self.backing != Backing::Freed {
+            self.punch(0, DATA);
+        }
     }
 
     /// Pages taken from the file are zeroes when they are touched again, whichever hole they were in.
@@ -262,6 +276,9 @@ fn conversions<M: Machine>(vcpus: u64, slots: u64, backing: Backing) {
         running.into_iter().map(|player| player.join().unwrap()).sum()
     });
     println!("{}: {vcpus} vCPUs, {slots} slots, {backing:?}: {conversions} conversions", M::NAME);
+    if backing != Backing::Kept {
+        assert_resident(&setup.file, 0);
+    }
 
     // Everything goes, the VM before the file; the file goes on.
     let Setup { vm, memory, file, shared } = setup;
@@ -300,6 +317,14 @@ fn two_vcpus_four_slots_and_what_loses_is_freed<M: Machine>() {
     conversions::<M>(2, 4, Backing::Freed);
 }
 
+/// Memory that comes when the VM is there already is converted like any other.
+fn memory_added_later<M: Machine>() {
+    let Some(setup) = Setup::<M>::added_later(1, 2, Backing::Freed) else { return };
+    let mut player = setup.player(0, Backing::Freed);
+    player.starts_shared();
+    player.converts(PAGE, PAGE);
+}
+
 /// The VM's descriptor goes while a slot is still bound to the file: the file works until it goes itself (I12).
 fn the_file_outlives_the_vm_with_a_slot_bound<M: Machine>() {
     let Some(vm) = M::create(Platform::SOFTWARE_PROTECTED) else { return };
@@ -330,5 +355,6 @@ on_both_machines!(
     two_vcpus_one_slot_with_allocation,
     two_vcpus_two_slots_without_allocation,
     two_vcpus_four_slots_and_what_loses_is_freed,
+    memory_added_later,
     the_file_outlives_the_vm_with_a_slot_bound,
 );

@@ -145,6 +145,9 @@ pub trait Hypervisor: fmt::Debug + Send + Sync {
 pub trait Vcpu: fmt::Debug + Send {
     /// `KVM_PRE_FAULT_MEMORY`: maps the first pages of `range` and advances it past them. Never converts.
     ///
+    /// Not while another thread deletes a slot of a VM of the default type, unless its quirk `SLOT_ZAP_ALL` is disabled: in
+    /// Linux 7.3 the call may then repeat one page for ever, and the deletion waits for it, until this thread gets a signal.
+    ///
     /// # Errors
     /// An error means that nothing was mapped: `EINTR`, `EAGAIN` (a slot is being replaced), `ENOENT` (shared, no slot),
     /// `EFAULT` (private, no slot or no file), `EOPNOTSUPP` (not yet allowed), `EINVAL`, `EHWPOISON`, `ENOMEM`, `EIO`.

@@ -178,7 +178,10 @@ impl Builder {
     pub fn build(self, vm: Arc<dyn Hypervisor>) -> Result<CvmMemory, BuildError> {
         let platform = vm.platform();
         let capabilities = Capabilities::probe(vm.as_ref());
-        let convertible = self.ram.iter().any(|ram| ram.convertible) || self.slots.iter().any(SlotSpec::is_convertible);
+        // Where pages can be private, such memory may also be added later, by then with a guest that asks for conversions.
+        let convertible = platform.private_memory
+            || self.ram.iter().any(|ram| ram.convertible)
+            || self.slots.iter().any(SlotSpec::is_convertible);
         self.check(vm.as_ref(), convertible)?;
 
         let mut specs = self.slots;

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 /// The rooms of the generic crate, from the ground up: each may use those before it, and itself.
 const LAYERS: &[&str] = &[
+    "sync",
     "addr",
     "page_set",
     "gmem",

@@ -25,7 +25,10 @@ pub struct SharedRun {
     pub pieces: Vec<SharedPiece>,
 }
 
-/// Somebody who maps shared memory. See the [module](self).
+/// Somebody who maps shared memory.
+///
+/// The calls of one frame alternate, starting with `map`. They come from whichever thread converts, under the range's
+/// lock: a listener must not convert, pin or (un)register; it would be refused.
 pub trait Listener: fmt::Debug + Send + Sync {
     /// `run` is shared now: map it.
     ///

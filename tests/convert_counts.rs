@@ -62,9 +62,7 @@ fn only_what_differs() {
 #[test]
 fn malformed_requests_make_no_call() {
     let bad = |gpa, size| MemoryFault { gpa, size, flags: MemoryFault::PRIVATE, errno: Errno::EFAULT };
-    for fault in
-        [bad(0x1000_0800, PAGE), bad(0x1000_0000, 0), bad(0x1000_0000, 0x1800), bad(u64::MAX & !0xfff, PAGE * 2)]
-    {
+    for fault in [bad(0x1000_0800, PAGE), bad(0x1000_0000, 0), bad(0x1000_0000, 0x1800), bad(!0xfff, PAGE * 2)] {
         assert!(matches!(Request::from_fault(&fault), Err(RequestError::Range(_))), "{fault:?}");
     }
     let unknown = MemoryFault { gpa: 0, size: PAGE, flags: 1, errno: Errno::EFAULT };

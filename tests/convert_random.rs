@@ -218,9 +218,8 @@ fn history(config: &Config, ops: &[Op]) {
         ids: std::array::from_fn(|id| Some(SlotId { as_id: 0, id: u16::try_from(id).unwrap() })),
         never: config.discard == DiscardPolicy::Never,
     };
-    for slot in 0..SLOTS.len() {
+    for (slot, (start, pages)) in SLOTS.into_iter().enumerate() {
         model.exists(slot, true);
-        let (start, pages) = SLOTS[slot];
         (start..start + pages).for_each(|gfn| model.page(gfn).private = config.initial == Private);
     }
     for op in ops {

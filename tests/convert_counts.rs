@@ -62,9 +62,7 @@ fn only_what_differs() {
 #[test]
 fn malformed_requests_make_no_call() {
     let bad = |gpa, size| MemoryFault { gpa, size, flags: MemoryFault::PRIVATE, errno: Errno::EFAULT };
-    for fault in
-        [bad(0x1000_0800, PAGE), bad(0x1000_0000, 0), bad(0x1000_0000, 0x1800), bad(u64::MAX & !0xfff, PAGE * 2)]
-    {
+    for fault in [bad(0x1000_0800, PAGE), bad(0x1000_0000, 0), bad(0x1000_0000, 0x1800), bad(!0xfff, PAGE * 2)] {
         assert!(matches!(Request::from_fault(&fault), Err(RequestError::Range(_))), "{fault:?}");
     }
     let unknown = MemoryFault { gpa: 0, size: PAGE, flags: 1, errno: Errno::EFAULT };
@@ -287,4 +285,22 @@ fn lazy_pages_cost_no_attribute() {
     world.memory.converter().materialise_around(gfn(700)).unwrap();
     assert_eq!(world.take(), [Did::Attributes(600..1024, Private)]);
     world.check(true);
+}
+
+/// Neighbouring frames whose file pages are not neighbours are freed where they are, in the order of the frames.
+#[test]
+fn slots_out_of_order_in_the_file() {
+    let world = World::new(&Config { slots: vec![(64, 64), (0, 64)], listeners: 0, ..Config::default() });
+    world.guest_fill(0..128, |_| 0x5a);
+    world.converted(60, 70, Shared);
+    assert_eq!(world.take(), [Did::Attributes(60..70, Shared), Did::Punch(124..128), Did::Punch(0..6)]);
+    world.guest_check((0..60).chain(70..128), |_| 0x5a);
+    world.guest_fill(60..70, |_| 0xa5);
+    world.converted(62, 66, Private);
+    assert_eq!(
+        world.take(),
+        [Did::Attributes(62..66, Private), Did::DiscardShared(0, 126..128), Did::DiscardShared(0, 0..2)]
+    );
+    world.guest_check(62..66, |_| 0);
+    world.guest_check((60..62).chain(66..70), |_| 0xa5);
 }

@@ -7,10 +7,12 @@ use std::collections::BTreeSet;
 
 use convert_kit::*;
 use cvm_memory::convert::{DiscardPolicy, Outcome, State, StepError};
+use nix::errno::Errno;
 
 use State::{Private, Shared};
 
-/// The frames converted below: across three slots, with runs on both sides of slot boundaries and a gap before the last.
+/// The frames converted below: across three slots, with runs on both sides of slot boundaries and a gap before the last;
+/// the first two lie the other way round in the file.
 const RANGE: (u64, u64) = (2, 40);
 
 fn configs() -> Vec<Config> {
@@ -25,8 +27,8 @@ fn configs() -> Vec<Config> {
                         discard,
                         chunk_pages,
                         listeners,
-                        slots: vec![(0, 8), (8, 8), (24, 24)],
-                        own_backings: listeners % 2 == 0,
+                        slots: vec![(8, 8), (0, 8), (24, 24)],
+                        own_backings: listeners.is_multiple_of(2),
                         ..Config::default()
                     });
                 }
@@ -185,7 +187,7 @@ fn every_call_fails_once() {
 #[test]
 fn every_undo_fails_too() {
     let mut poisoned = 0;
-    let few = |config: &Config| config.chunk_pages == 3 && config.listeners % 2 == 0;
+    let few = |config: &Config| config.chunk_pages == 3 && config.listeners.is_multiple_of(2);
     for config in configs().into_iter().filter(few) {
         for to in [Shared, Private] {
             for k in 0.. {
@@ -221,4 +223,54 @@ fn nothing_can_be_undone() {
             }
         }
     }
+}
+
+/// The second of two listeners cannot map: the first unmaps again, and the page is private as before.
+#[test]
+fn a_listener_that_cannot_map() {
+    let world = World::new(&Config { listeners: 2, ..Config::default() });
+    world.guest_fill(0..2, tag);
+    // The attribute, the first listener, the second one.
+    world.arm(&[2]);
+    let Ok(Outcome::RolledBack { cause: StepError::Listener { gfns: at, error } }) = world.convert(1, 2, Shared) else {
+        panic!()
+    };
+    assert_eq!(at, gfns(1, 2));
+    assert_eq!(error.inner().downcast_ref(), Some(&Errno::ENOMEM));
+    assert_eq!(
+        world.take(),
+        [
+            Did::Attributes(1..2, Shared),
+            Did::Map(0, 1..2),
+            Did::Map(1, 1..2),
+            Did::Unmap(0, 1..2),
+            Did::Attributes(1..2, Private),
+        ]
+    );
+    world.check(false);
+    world.guest_check(0..2, tag);
+}
+
+/// What no listener could map again is told, is not unmapped twice, and is mapped when it becomes shared the next time.
+#[test]
+fn shared_but_unmapped() {
+    let world = World::new(&Config { initial: Shared, listeners: 2, ..Config::default() });
+    // The attribute of [0, 4), and the mapping of it by the first listener again.
+    world.arm(&[0, 1]);
+    let Ok(Outcome::Poisoned { done, unmapped, .. }) = world.convert(0, 4, Private) else { panic!() };
+    assert_eq!((done, unmapped), (vec![], vec![gfns(0, 4)]));
+    world.check_but(false, &(0..4).collect());
+    world.take();
+    // A part of it and a page that is mapped: only that one is unmapped.
+    world.arm(&[]);
+    world.converted(3, 5, Private);
+    assert_eq!(world.take().first_chunk(), Some(&[Did::Unmap(1, 4..5), Did::Unmap(0, 4..5)]));
+    world.converted(3, 5, Shared);
+    world.check_but(false, &(0..3).collect());
+    // A slot that goes and comes back is mapped whole.
+    let slot = world.memory.space().layout().table().slots().next().unwrap().id;
+    world.memory.remove_slot(slot).unwrap();
+    world.check(false);
+    world.memory.add_slots(world.specs.clone()).unwrap();
+    world.check(false);
 }

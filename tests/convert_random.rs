@@ -11,8 +11,8 @@ use proptest::prelude::*;
 
 use State::{Private, Shared};
 
-/// First frame and pages of each slot: neighbours, and one behind a gap.
-const SLOTS: [(u64, u64); 4] = [(4, 8), (12, 4), (16, 9), (30, 7)];
+/// First frame and pages of each slot, in the order of their file pages: neighbours, and one behind a gap.
+const SLOTS: [(u64, u64); 4] = [(12, 4), (4, 8), (16, 9), (30, 7)];
 const END: u64 = 40;
 
 #[derive(Debug, Clone)]
@@ -27,7 +27,11 @@ enum Op {
 
 fn op() -> impl Strategy<Value = Op> {
     let state = prop::bool::ANY.prop_map(State::from_private);
-    let some = || prop_oneof![2 => Just(vec![]), 1 => prop::collection::vec(0..14u64, 1..4)];
+    // Some calls here and there, or one and those that follow it.
+    let some = || {
+        let run = (0..14u64, 1..8u64).prop_map(|(first, more)| (first..first + more).collect());
+        prop_oneof![4 => Just(vec![]), 1 => prop::collection::vec(0..14u64, 1..4), 1 => run]
+    };
     let one = || prop_oneof![2 => Just(vec![]), 1 => prop::collection::vec(0..6u64, 1)];
     let slot = || 0..SLOTS.len();
     prop_oneof![
@@ -214,9 +218,8 @@ fn history(config: &Config, ops: &[Op]) {
         ids: std::array::from_fn(|id| Some(SlotId { as_id: 0, id: u16::try_from(id).unwrap() })),
         never: config.discard == DiscardPolicy::Never,
     };
-    for slot in 0..SLOTS.len() {
+    for (slot, (start, pages)) in SLOTS.into_iter().enumerate() {
         model.exists(slot, true);
-        let (start, pages) = SLOTS[slot];
         (start..start + pages).for_each(|gfn| model.page(gfn).private = config.initial == Private);
     }
     for op in ops {

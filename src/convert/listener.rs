@@ -1,11 +1,5 @@
 //! Those who map shared memory for devices: VFIO, vhost, anything that must not reach private pages.
-//!
-//! A listener hears each run of frames that becomes shared ([`map`](Listener::map)) and each that is about to become
-//! private ([`unmap`](Listener::unmap)). Mapping may fail, and then those that have mapped already unmap again, last
-//! first; unmapping must not fail. The calls of one frame alternate, starting with `map`. What is unmapped together need not
-//! have been mapped together: a run may be part of an earlier one, or several.
-//!
-//! Calls come from whichever thread converts, under the range's lock: a listener must not convert, pin or (un)register.
+//! The contract is that of [`Listener`].
 
 use std::fmt;
 use std::sync::Arc;
@@ -27,8 +21,12 @@ pub struct SharedRun {
 
 /// Somebody who maps shared memory.
 ///
-/// The calls of one frame alternate, starting with `map`. They come from whichever thread converts, under the range's
-/// lock: a listener must not convert, pin or (un)register; it would be refused.
+/// A listener hears each run of frames that becomes shared ([`map`](Self::map)) and each that is about to become private
+/// ([`unmap`](Self::unmap)). Mapping may fail, and then those that have mapped already unmap again, last first; unmapping
+/// must not fail. The calls of one frame alternate, starting with `map`, after failures too. What is unmapped together need
+/// not have been mapped together: a run may be part of an earlier one, or span several.
+///
+/// Calls come from whichever thread converts, under the range's lock: a listener must not convert, pin or (un)register.
 pub trait Listener: fmt::Debug + Send + Sync {
     /// `run` is shared now: map it.
     ///

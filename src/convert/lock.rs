@@ -4,9 +4,9 @@
 //! and the record cannot disagree; conversions of other ranges go on meanwhile. A shared lock is a *pin*: a device access
 //! in progress, for which a conversion waits, or on which it fails.
 //!
-//! The lock is fair enough: who waits for an exclusive lock keeps new pins out of its range. It is re-entrant nowhere: a
-//! thread that asks for what it holds is told so ([`LockError::Reentrant`]) instead of hanging. Readers of page state
-//! never come here.
+//! Whoever wants a range exclusively is served in the order of asking: later ones, and new pins, wait behind. Nothing can
+//! be locked by a thread that holds an exclusive lock, of whatever range: it is told so ([`LockError::Reentrant`]) instead
+//! of hanging. Readers of page state never come here.
 
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
@@ -17,7 +17,8 @@ use crate::sync::{Condvar, Mutex, MutexGuard, ThreadId, current_thread};
 /// What a conversion does about device accesses that are in progress in its range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PinPolicy {
-    /// Waits so long for them to end, then fails.
+    /// Waits so long for them to end, then fails. Other conversions of the range wait behind it, so a thread that converts
+    /// while it holds a pin needs this to be finite.
     Wait(Duration),
     /// Fails at once.
     Refuse,
@@ -40,8 +41,8 @@ pub enum LockError {
         /// The access.
         pinned: GfnRange,
     },
-    /// This thread holds a lock on part of the range: a listener asked for a conversion of what is being converted.
-    #[error("gfns {range} are already locked by this thread, at gfns {held}")]
+    /// This thread is at a conversion: a listener asked for another one, or for a pin.
+    #[error("gfns {range} cannot be locked by a thread that is converting gfns {held}")]
     Reentrant {
         /// The range to be locked.
         range: GfnRange,
@@ -87,6 +88,23 @@ impl Table {
     fn find(&self, range: &GfnRange, kind: Kind) -> Option<&Entry> {
         self.entries.iter().find(|entry| entry.kind == kind && entry.range.overlaps(range))
     }
+
+    /// Whether somebody else is to be let in before the one who asked as `asked`: holds the range, or asked earlier.
+    fn is_behind(&self, range: &GfnRange, asked: u64) -> bool {
+        // In the order of asking, however the numbers wrap.
+        let mut earlier = self.entries.iter().take_while(|entry| entry.id != asked);
+        self.find(range, Kind::Exclusive).is_some()
+            || earlier.any(|entry| entry.kind == Kind::Wanted && entry.range.overlaps(range))
+    }
+
+    /// Refuses a thread that holds an exclusive lock.
+    fn refuse_reentry(&self, range: GfnRange) -> Result<(), LockError> {
+        let me = current_thread().id();
+        match self.entries.iter().find(|entry| entry.kind == Kind::Exclusive && entry.owner == me) {
+            Some(held) => Err(LockError::Reentrant { range, held: held.range }),
+            None => Ok(()),
+        }
+    }
 }
 
 /// A lock for each range of guest frames.
@@ -127,14 +145,12 @@ impl RangeLock {
     pub fn exclusive(&self, range: GfnRange, pins: Option<PinPolicy>) -> Result<RangeGuard<'_>, LockError> {
         let me = current_thread().id();
         let mut table = self.table();
-        if let Some(held) = table.find(&range, Kind::Exclusive).filter(|entry| entry.owner == me) {
-            return Err(LockError::Reentrant { range, held: held.range });
-        }
+        table.refuse_reentry(range)?;
         let wanted = table.add(range, Kind::Wanted);
         let mut started = None;
         let refused = loop {
-            // Exclusive holders first: they end by themselves, and pins may come and go meanwhile.
-            if table.find(&range, Kind::Exclusive).is_some() {
+            // They end by themselves, and pins may come and go meanwhile.
+            if table.is_behind(&range, wanted) {
                 table = self.wait(table);
                 continue;
             }
@@ -161,16 +177,12 @@ impl RangeLock {
     /// Pins `range`: waits for those who have or want it exclusively.
     ///
     /// # Errors
-    /// [`LockError::Reentrant`] from within a conversion of part of the range.
+    /// [`LockError::Reentrant`] from within a conversion.
     pub fn shared(&self, range: GfnRange) -> Result<RangeGuard<'_>, LockError> {
-        let me = current_thread().id();
         let mut table = self.table();
-        loop {
-            match table.find(&range, Kind::Exclusive) {
-                Some(held) if held.owner == me => return Err(LockError::Reentrant { range, held: held.range }),
-                None if table.find(&range, Kind::Wanted).is_none() => break,
-                _ => table = self.wait(table),
-            }
+        table.refuse_reentry(range)?;
+        while table.find(&range, Kind::Exclusive).or(table.find(&range, Kind::Wanted)).is_some() {
+            table = self.wait(table);
         }
         let id = table.add(range, Kind::Shared);
         Ok(RangeGuard { lock: self, id, range })

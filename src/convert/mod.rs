@@ -8,7 +8,7 @@
 //! freed. Two facts are kept per page. *Declared* is what the guest has been told; *materialised* is what KVM's attribute
 //! says. They differ only where a page was declared private ahead of use and no private access has come yet: setting the
 //! attribute costs KVM time and memory per page, so it is set when first needed, for the block around the fault. A
-//! request by the guest itself is evidence of imminent use and sets the attribute at once. KVM has no way to ask for an
+//! request by the guest itself is evidence of imminent use: it sets the attribute of what it changes at once. KVM has no way to ask for an
 //! attribute, so the record is the authority; it outlives every slot.
 //!
 //! It does not know vCPUs, exits or errnos for the guest (that is [`exits`](crate::exits)), and it does not edit the
@@ -332,7 +332,7 @@ impl Converter {
     /// Returns the bytes freed.
     ///
     /// # Errors
-    /// [`StepError`] of the first piece that could not be freed; it stays to be freed.
+    /// [`StepError`] of the first piece that could not be freed, after everything else has been tried; it stays to be freed.
     pub fn trim(&self, budget: u64) -> Result<u64, StepError> {
         self.trim_within(everything(), budget)
     }
@@ -342,7 +342,7 @@ impl Converter {
     /// # Errors
     /// As [`trim`](Self::trim).
     pub fn trim_within(&self, gfns: GfnRange, budget: u64) -> Result<u64, StepError> {
-        let mut freed = 0u64;
+        let (mut freed, mut failed) = (0u64, None);
         for side in [State::Private, State::Shared] {
             let mut rest = gfns;
             while freed < budget {
@@ -350,12 +350,16 @@ impl Converter {
                 let Some(piece) = run.split_every(self.options.chunk_pages).next() else { break };
                 let Some((_, above)) = rest.split_at(piece.end()) else { break };
                 rest = above;
-                // Locked by another conversion of this very thread: it will be trimmed another time.
+                // From within a conversion: it will be trimmed another time.
                 let Ok(_guard) = self.locks.exclusive(piece, None) else { continue };
-                freed = freed.saturating_add(self.trim_locked(piece, side)?);
+                // What cannot be freed does not keep what lies behind it.
+                match self.trim_locked(piece, side) {
+                    Ok(bytes) => freed = freed.saturating_add(bytes),
+                    Err(error) => failed = failed.or(Some(error)),
+                }
             }
         }
-        Ok(freed)
+        failed.map_or(Ok(freed), Err)
     }
 
     fn trim_locked(&self, piece: GfnRange, side: State) -> Result<u64, StepError> {

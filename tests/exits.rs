@@ -233,7 +233,7 @@ fn c17_unknown_flags_are_an_error_and_no_conversion() {
         let action = machine.fault(fault(0, flags, Errno::EFAULT));
         assert!(matches!(action, Action::GuestError(GuestError::Malformed(_))), "{action:?}");
     }
-    for (gpa, size) in [(1, PAGE_SIZE), (0, 0), (0, 12), (u64::MAX & !0xfff, PAGE_SIZE)] {
+    for (gpa, size) in [(1, PAGE_SIZE), (0, 0), (0, 12), (!0xfff, PAGE_SIZE)] {
         let action = machine.fault(MemoryFault { errno: Errno::EFAULT, flags: 0, gpa, size });
         assert!(matches!(action, Action::GuestError(GuestError::Malformed(_))), "{action:?}");
     }

@@ -1,0 +1,1 @@
+//! Speed of cvm-memory beside its peers: `cargo bench`.

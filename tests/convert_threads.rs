@@ -90,7 +90,7 @@ fn c15_threads_convert_pages_of_one_word() {
             });
         }
     });
-    let expected: Vec<u64> = (0..64).filter(|n| (ROUNDS + n / 8) % 2 != 0).collect();
+    let expected: Vec<u64> = (0..64).filter(|n| !(ROUNDS + n / 8).is_multiple_of(2)).collect();
     assert_eq!(shared(&memory), expected);
     assert_eq!(counting.mapped(), expected);
     let private: u64 = vm.private_gfns().iter().map(GfnRange::pages).sum();

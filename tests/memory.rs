@@ -280,7 +280,7 @@ fn the_host_reaches_shared_memory_and_nothing_else() {
         .build(Arc::new(SoftVm::software_protected()))
         .unwrap();
     // Across slots, and across mappings.
-    let bytes: Vec<u8> = (0..=255).cycle().take(5 * PAGE_SIZE as usize + 77).collect();
+    let bytes: Vec<u8> = (0..=255).cycle().take(5 * 4096 + 77).collect();
     for start in [MIB - 2 * PAGE_SIZE - 5, 2 * MIB - 3 * PAGE_SIZE + 1] {
         memory.write(Gpa(start), &bytes).unwrap();
         let mut back = vec![0; bytes.len()];

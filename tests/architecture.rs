@@ -190,3 +190,29 @@ fn the_sources_speak_of_the_project_alone() {
         }
     }
 }
+
+/// The table of rules in ARCHITECTURE.md names files and tests that exist.
+#[test]
+fn the_map_names_what_is_there() {
+    let map = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("ARCHITECTURE.md")).unwrap();
+    let all = ["src", "tests", "benches"].map(sources).concat();
+    let (mut files, mut tests) = (0, 0);
+    for line in map.lines().filter(|line| line.starts_with("| ")) {
+        let mut file = None;
+        for name in line.split('`').skip(1).step_by(2) {
+            if name.ends_with(".rs") && !name.contains('*') {
+                let path =
+                    all.iter().find(|(path, _)| *path == Path::new(name) || *path == Path::new("src").join(name));
+                file = Some(path.unwrap_or_else(|| panic!("{name} does not exist")));
+                files += 1;
+            } else if let Some((path, text)) = file
+                && name.len() > 8
+                && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
+            {
+                assert!(text.contains(&format!("fn {name}")), "{} has no {name}", path.display());
+                tests += 1;
+            }
+        }
+    }
+    assert!(files > 30 && tests > 30, "only {files} files and {tests} tests were found");
+}

@@ -340,3 +340,36 @@ fn the_map_shows_what_a_person_would_ask() {
     let whole = GfnRange::from_bytes(0, 4 * MIB).unwrap();
     assert_eq!(memory.map().shares(whole, 4), [(256, 256), (0, 256), (256, 256), (256, 256)]);
 }
+
+/// Memory that KVM may still let a guest at is never unmapped.
+#[test]
+fn what_a_slot_that_cannot_be_deleted_points_at_stays() {
+    for (errno, kept) in [(Errno::ENOMEM, true), (Errno::EIO, false)] {
+        let vm = SoftVm::software_protected();
+        let recorder = Recorder::new(vm.clone());
+        let file = Arc::new(vm.create_guest_memfd(2 * MIB, 0).unwrap());
+        let deletion = |call: &Call| matches!(call, Call::SetUserMemoryRegion2(r) if r.memory_size == 0);
+
+        // At teardown.
+        let backing = Arc::new(SharedMemory::new(MIB).unwrap());
+        let shared = SharedSlice { backing: backing.clone(), offset: 0 };
+        let spec = SlotSpec { shared, ..slot(&file, 0, MIB, 0) };
+        let memory = CvmMemory::builder().slot(spec.clone()).build(Arc::new(recorder.clone())).unwrap();
+        drop(spec);
+        recorder.fail_matching(deletion, errno);
+        drop(memory);
+        assert_eq!(Arc::strong_count(&backing), 1 + usize::from(kept), "{errno}");
+
+        // While undoing an addition.
+        let recorder = Recorder::new(SoftVm::software_protected());
+        let file = Arc::new(recorder.create_guest_memfd(2 * MIB, 0).unwrap());
+        let backing = Arc::new(SharedMemory::new(MIB).unwrap());
+        let shared = SharedSlice { backing: backing.clone(), offset: 0 };
+        let memory = CvmMemory::builder().ram(1 << 30, MIB).build(Arc::new(recorder.clone())).unwrap();
+        recorder.fail_matching(|call| matches!(call, Call::SetUserMemoryRegion2(r) if r.slot == 2), Errno::ENOMEM);
+        recorder.fail_matching(deletion, errno);
+        let first = SlotSpec { shared, ..slot(&file, 0, MIB, 0) };
+        memory.add_slots(vec![first, slot(&file, MIB, MIB, 256)]).unwrap_err();
+        assert_eq!(Arc::strong_count(&backing), 1 + usize::from(kept), "{errno}");
+    }
+}

@@ -25,7 +25,8 @@ use crate::addr::PAGE_SIZE;
 /// While the value lives, `[hva(), hva() + size())` is mapped readable and writable, is meant for the guest, and is
 /// nothing that Rust references point into: the guest may change it at any time.
 pub unsafe trait SharedBacking: fmt::Debug + Send + Sync {
-    /// Address in this process, page aligned. Never changes.
+    /// Address in this process, page aligned. Never changes. Whoever takes it from a pointer exposes its provenance
+    /// (`pointer::expose_provenance`); what `mmap` has just returned is exposed.
     fn hva(&self) -> u64;
 
     /// Size in bytes. Never changes.

@@ -175,12 +175,13 @@ impl Converter {
     }
 
     /// The cell in which the memory is published, for readers that cache it.
-    pub const fn space_cell(&self) -> &ArcSwap<Space> {
+    pub(crate) const fn space_cell(&self) -> &ArcSwap<Space> {
         &self.space
     }
 
-    /// Publishes a changed layout. The caller holds [`exclusive`](Self::exclusive) over every frame that changes.
-    pub fn publish_space(&self, space: Space) {
+    /// Publishes a changed layout. Within the crate only: what is published owns the memory behind KVM's slots, so a
+    /// space that lacks one of them would free memory that a guest can reach. The caller holds [`exclusive`](Self::exclusive) over every frame that changes.
+    pub(crate) fn publish_space(&self, space: Space) {
         self.space.store(Arc::new(space));
     }
 
@@ -208,7 +209,7 @@ impl Converter {
     ///
     /// # Errors
     /// [`LockError`].
-    pub fn exclusive(&self, gfns: GfnRange) -> Result<RangeGuard<'_>, LockError> {
+    pub(crate) fn exclusive(&self, gfns: GfnRange) -> Result<RangeGuard<'_>, LockError> {
         self.locks.exclusive(gfns, Some(self.options.pins))
     }
 
@@ -216,7 +217,7 @@ impl Converter {
     ///
     /// # Errors
     /// [`LockError::Reentrant`].
-    pub fn hold(&self, gfns: GfnRange) -> Result<RangeGuard<'_>, LockError> {
+    pub(crate) fn hold(&self, gfns: GfnRange) -> Result<RangeGuard<'_>, LockError> {
         self.locks.exclusive(gfns, None)
     }
 
@@ -277,7 +278,7 @@ impl Converter {
     }
 
     /// [`materialise`](Self::materialise), by a caller that holds the lock, with the memory as it is to be.
-    pub fn materialise_locked(&self, gfns: GfnRange, space: &Space) -> Outcome {
+    pub(crate) fn materialise_locked(&self, gfns: GfnRange, space: &Space) -> Outcome {
         let memory: Vec<_> = space.private_pieces(gfns).into_iter().map(|piece| piece.gfns).collect();
         let missing: Vec<_> = memory
             .into_iter()
@@ -298,7 +299,7 @@ impl Converter {
     ///
     /// # Errors
     /// [`PageSetError`] if the record does not reach so far.
-    pub fn declare_locked(&self, gfns: GfnRange, state: State) -> Result<(), PageSetError> {
+    pub(crate) fn declare_locked(&self, gfns: GfnRange, state: State) -> Result<(), PageSetError> {
         self.declared.set(gfns, state.is_private())
     }
 
@@ -307,7 +308,7 @@ impl Converter {
     ///
     /// # Errors
     /// [`StepError`]: KVM still has an attribute that nobody needs.
-    pub fn forget_locked(&self, gfns: GfnRange) -> Result<(), StepError> {
+    pub(crate) fn forget_locked(&self, gfns: GfnRange) -> Result<(), StepError> {
         let space = self.space.load();
         let executor = self.executor(&space);
         executor.publish(gfns, State::Shared)?;
@@ -323,7 +324,7 @@ impl Converter {
     ///
     /// # Errors
     /// As [`trim`](Self::trim).
-    pub fn settle_locked(&self, gfns: GfnRange) -> Result<u64, StepError> {
+    pub(crate) fn settle_locked(&self, gfns: GfnRange) -> Result<u64, StepError> {
         let private = self.trim_locked(gfns, State::Private)?;
         Ok(private.saturating_add(self.trim_locked(gfns, State::Shared)?))
     }
@@ -432,7 +433,7 @@ impl Converter {
     }
 
     /// The shared runs of memory within `gfns`, as listeners hear of them: without those that they could not map again.
-    pub fn shared_runs(&self, gfns: GfnRange) -> Vec<SharedRun> {
+    pub(crate) fn shared_runs(&self, gfns: GfnRange) -> Vec<SharedRun> {
         let space = self.space.load();
         let memory = space.layout().table().segments(gfns).filter(|segment| segment.slot.is_some());
         let memory = crate::addr::merge_adjacent(memory.map(|segment| segment.gfns));
@@ -455,7 +456,7 @@ impl Converter {
     ///
     /// # Errors
     /// [`StepError::Listener`]: nothing of `gfns` is mapped then, and nobody will be told to unmap it.
-    pub fn announce_locked(&self, gfns: GfnRange, mapped: bool) -> Result<(), StepError> {
+    pub(crate) fn announce_locked(&self, gfns: GfnRange, mapped: bool) -> Result<(), StepError> {
         if self.listeners.is_empty() {
             return Ok(());
         }

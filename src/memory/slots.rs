@@ -138,7 +138,7 @@ impl CvmMemory {
         let Some(hull) = hull else { return Ok(Vec::new()) };
 
         let _guard = self.converter.exclusive(hull)?;
-        let mut undo = Undo { memory: self, fresh: Vec::new(), created: Vec::new(), armed: true };
+        let mut undo = Undo { memory: self, space: next.clone(), fresh: Vec::new(), created: Vec::new(), armed: true };
         for slot in slots.iter().filter(|slot| next.is_convertible(slot)) {
             let fresh: Vec<GfnRange> = self.known.differing_runs(slot.gfns, true).collect();
             for gfns in fresh {
@@ -227,6 +227,7 @@ impl CvmMemory {
             }
             if let Err(error) = self.set_region(slot, 0, None) {
                 tracing::warn!(%error, "slot left behind");
+                keep_for_ever(&error, current.shared(slot.id));
             }
         }
     }
@@ -258,6 +259,8 @@ impl CvmMemory {
 /// Takes back what an addition has done so far, last first.
 struct Undo<'a> {
     memory: &'a CvmMemory,
+    /// With the memory of the slots that were to be added.
+    space: Space,
     fresh: Vec<GfnRange>,
     created: Vec<Memslot>,
     armed: bool,
@@ -271,6 +274,7 @@ impl Drop for Undo<'_> {
         for slot in self.created.iter().rev() {
             if let Err(error) = self.memory.set_region(slot, 0, None) {
                 tracing::error!(%error, "a slot that was not wanted stays");
+                keep_for_ever(&error, self.space.shared(slot.id));
             }
         }
         for &gfns in self.fresh.iter().rev() {
@@ -283,6 +287,14 @@ impl Drop for Undo<'_> {
                 tracing::error!(%error, "memory that was not wanted stays known");
             }
         }
+    }
+}
+
+/// A slot could not be deleted, so the guest may still reach its memory: that must never be unmapped. `EIO` is the answer
+/// of a VM that is dead, or of another process's: no guest reaches anything through those.
+fn keep_for_ever(error: &SlotError, shared: Option<&SharedSlice>) {
+    if !matches!(error, SlotError::Kvm { errno: Errno::EIO, .. }) {
+        std::mem::forget(shared.cloned());
     }
 }
 

@@ -4,7 +4,8 @@
 //! and the record cannot disagree; conversions of other ranges go on meanwhile. A shared lock is a *pin*: a device access
 //! in progress, for which a conversion waits, or on which it fails.
 //!
-//! Whoever wants a range exclusively is served in the order of asking: later ones, and new pins, wait behind. Nothing can
+//! Whoever wants a range exclusively is served in the order of asking: later ones, and new pins of threads that have none,
+//! wait behind. Nothing can
 //! be locked by a thread that holds an exclusive lock, of whatever range: it is told so ([`LockError::Reentrant`]) instead
 //! of hanging. Readers of page state never come here.
 
@@ -17,8 +18,7 @@ use crate::sync::{Condvar, Mutex, MutexGuard, ThreadId, current_thread};
 /// What a conversion does about device accesses that are in progress in its range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PinPolicy {
-    /// Waits so long for them to end, then fails. Other conversions of the range wait behind it, so a thread that converts
-    /// while it holds a pin needs this to be finite.
+    /// Waits so long for them to end, then fails.
     Wait(Duration),
     /// Fails at once.
     Refuse,
@@ -89,12 +89,15 @@ impl Table {
         self.entries.iter().find(|entry| entry.kind == kind && entry.range.overlaps(range))
     }
 
-    /// Whether somebody else is to be let in before the one who asked as `asked`: holds the range, or asked earlier.
-    fn is_behind(&self, range: &GfnRange, asked: u64) -> bool {
+    /// Whether somebody else is to be let in before this thread: holds the range exclusively, or asked for that before
+    /// `asked` (or at all). But whoever asked may be waiting for this very thread's pins, so one that has any goes first.
+    fn is_behind(&self, range: &GfnRange, asked: Option<u64>) -> bool {
+        let me = current_thread().id();
         // In the order of asking, however the numbers wrap.
-        let mut earlier = self.entries.iter().take_while(|entry| entry.id != asked);
-        self.find(range, Kind::Exclusive).is_some()
-            || earlier.any(|entry| entry.kind == Kind::Wanted && entry.range.overlaps(range))
+        let mut earlier = self.entries.iter().take_while(|entry| Some(entry.id) != asked);
+        let wanted = earlier.any(|entry| entry.kind == Kind::Wanted && entry.range.overlaps(range));
+        let pins = || self.entries.iter().any(|entry| entry.kind == Kind::Shared && entry.owner == me);
+        self.find(range, Kind::Exclusive).is_some() || (wanted && !pins())
     }
 
     /// Refuses a thread that holds an exclusive lock.
@@ -150,7 +153,7 @@ impl RangeLock {
         let mut started = None;
         let refused = loop {
             // They end by themselves, and pins may come and go meanwhile.
-            if table.is_behind(&range, wanted) {
+            if table.is_behind(&range, Some(wanted)) {
                 table = self.wait(table);
                 continue;
             }
@@ -174,14 +177,14 @@ impl RangeLock {
         Ok(RangeGuard { lock: self, id, range })
     }
 
-    /// Pins `range`: waits for those who have or want it exclusively.
+    /// Pins `range`: waits for those who have it exclusively, and, unless this thread has pins already, who want it.
     ///
     /// # Errors
     /// [`LockError::Reentrant`] from within a conversion.
     pub fn shared(&self, range: GfnRange) -> Result<RangeGuard<'_>, LockError> {
         let mut table = self.table();
         table.refuse_reentry(range)?;
-        while table.find(&range, Kind::Exclusive).or(table.find(&range, Kind::Wanted)).is_some() {
+        while table.is_behind(&range, None) {
             table = self.wait(table);
         }
         let id = table.add(range, Kind::Shared);

@@ -348,15 +348,22 @@ impl Converter {
             let mut rest = gfns;
             while freed < budget {
                 let Some(run) = self.queue.first(rest, side) else { break };
-                let Some(piece) = run.split_every(self.options.chunk_pages).next() else { break };
-                let Some((_, above)) = rest.split_at(piece.end()) else { break };
+                let Some((_, above)) = rest.split_at(run.end()) else { break };
                 rest = above;
-                // From within a conversion: it will be trimmed another time.
-                let Ok(_guard) = self.locks.exclusive(piece, None) else { continue };
-                // What cannot be freed does not keep what lies behind it.
-                match self.trim_locked(piece, side) {
-                    Ok(bytes) => freed = freed.saturating_add(bytes),
-                    Err(error) => failed = failed.or(Some(error)),
+                let steps = plan::plan_trim(run, side, &self.space.load(), &self.rules());
+                // What no longer has a slot has nothing to free, but is to be forgotten.
+                let pieces = if steps.is_empty() { vec![run] } else { steps.iter().map(Step::gfns).collect() };
+                for piece in pieces {
+                    if freed >= budget {
+                        break;
+                    }
+                    // From within a conversion: it will be trimmed another time.
+                    let Ok(_guard) = self.locks.exclusive(piece, None) else { continue };
+                    // What cannot be freed does not keep what lies behind it.
+                    match self.trim_locked(piece, side) {
+                        Ok(bytes) => freed = freed.saturating_add(bytes),
+                        Err(error) => failed = failed.or(Some(error)),
+                    }
                 }
             }
         }
@@ -369,11 +376,8 @@ impl Converter {
         let mut freed = 0u64;
         // Between the look at the queue and the lock, some of it may have been freed or come into use.
         for gfns in self.queue.left(piece, side) {
-            let mut steps = Vec::new();
-            let chunk = self.options.chunk_pages;
-            plan::discards(gfns, side, &space, chunk, &mut steps, Step::DiscardPrivate, Step::DiscardShared);
-            for step in &steps {
-                match step {
+            for step in plan::plan_trim(gfns, side, &space, &self.rules()) {
+                match &step {
                     Step::DiscardPrivate(discard) => executor.discard_private(discard)?,
                     Step::DiscardShared(discard) => executor.discard_shared(discard)?,
                     _ => continue,

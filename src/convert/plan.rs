@@ -14,8 +14,8 @@
 //! Only what differs is touched: a conversion that changes nothing has no steps. Neighbours are merged, and cut only where
 //! one call would keep everybody else waiting for long.
 
-use crate::addr::{FileRange, GfnRange, intersect_lists, merge_adjacent};
-use crate::backing::Space;
+use crate::addr::{FileRange, Gfn, GfnRange, PAGE_SHIFT, intersect_lists, merge_adjacent};
+use crate::backing::{SharedPiece, Space};
 use crate::gmem::FileId;
 use crate::layout::SlotId;
 
@@ -215,8 +215,15 @@ pub fn plan_materialise(gfns: &[GfnRange], rules: &Rules) -> Plan {
     Plan { to: State::Private, steps, changed: gfns.to_vec(), pages }
 }
 
+/// The steps that free side `side` of `gfns`, for later.
+pub(super) fn plan_trim(gfns: GfnRange, side: State, space: &Space, rules: &Rules) -> Vec<Step> {
+    let mut steps = Vec::new();
+    discards(gfns, side, space, rules.chunk, &mut steps, Step::DiscardPrivate, Step::DiscardShared);
+    steps
+}
+
 /// The steps that free side `side` of `gfns`: whole runs of the backing, wherever slots begin and end.
-pub(super) fn discards(
+fn discards(
     gfns: GfnRange,
     side: State,
     space: &Space,
@@ -237,7 +244,7 @@ pub(super) fn discards(
         }
         State::Shared => {
             for piece in space.shared_pieces(gfns) {
-                for part in piece.gfns.split_every(chunk) {
+                for part in cut(&piece, chunk, space) {
                     let skip = part.start_byte().saturating_sub(piece.gfns.start_byte());
                     let offset = piece.offset.saturating_add(skip);
                     steps.push(shared(SharedDiscard { gfns: part, slot: piece.slot, offset }));
@@ -245,4 +252,14 @@ pub(super) fn discards(
             }
         }
     }
+}
+
+/// The fewest parts of about `chunk` pages that end where pages of the backing do, which cannot be freed in part.
+fn cut(piece: &SharedPiece, chunk: u64, space: &Space) -> impl Iterator<Item = GfnRange> + use<> {
+    let granule = space.shared(piece.slot).map_or(1, |slice| slice.backing.granule() >> PAGE_SHIFT).max(1);
+    let unit = chunk.checked_next_multiple_of(granule).unwrap_or(granule);
+    let ahead = (piece.offset >> PAGE_SHIFT).checked_rem(granule).unwrap_or(0);
+    let at = piece.gfns.start().checked_add(unit.saturating_sub(ahead)).unwrap_or(Gfn::MAX).min(piece.gfns.end());
+    let (first, rest) = piece.gfns.split_at(at).unwrap_or((piece.gfns, GfnRange::empty_at(piece.gfns.end())));
+    std::iter::once(first).chain(rest.split_every(unit))
 }

@@ -41,7 +41,7 @@ pub enum Action {
     HwPoison(Gpa),
     /// The same fault came back again and again with nothing left to resolve.
     Stuck(MemoryFault),
-    /// The kernel could not provide a private page (out of memory, file closed, platform refusal).
+    /// The kernel could not provide a private page (out of memory, platform refusal).
     Unresolvable(MemoryFault),
     /// A conversion could be neither completed nor undone. See [`Outcome::Poisoned`].
     Poisoned(Outcome),
@@ -233,8 +233,12 @@ impl VcpuExits {
                 }
                 self.resolved(fault, gfn, request.to, outcome)
             }
-            // Already what the access wants: another vCPU was faster, if it goes away.
-            Some(state) if state == request.to => self.unchanged(fault),
+            // Already what the access wants: another vCPU was faster, or is converting just now, attributes first. Its
+            // end is waited for, lest a vCPU count as stuck because another one's range is long.
+            Some(state) if state == request.to => match self.memory.converter().hold(request.range).map(drop) {
+                Ok(()) => self.unchanged(fault),
+                Err(error) => self.guest_error(ConvertError::from(error).into()),
+            },
             None => self.guest_error(GuestError::NotMemory { gfn, to: request.to }),
             Some(_) if !self.options.implicit_conversion => {
                 self.guest_error(GuestError::Implicit { gfn, to: request.to })

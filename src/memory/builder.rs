@@ -209,6 +209,8 @@ impl Builder {
             ..Limits::default()
         };
         let end = specs.iter().map(|spec| spec.gpa.saturating_add(spec.size)).fold(self.address_limit, u64::max);
+        // Slots beyond are refused below, with a better reason than a record that cannot be mapped.
+        let end = end.min(limits.top.start_byte());
         let capacity = (end >> PAGE_SHIFT).checked_next_multiple_of(PAGES_PER_1G).unwrap_or(end >> PAGE_SHIFT);
         let space = Space::new(Layout::new(limits));
         let lazy = platform.accesses_carry_privacy;

@@ -80,6 +80,15 @@ pub enum SlotError {
         /// How many there are.
         limit: u32,
     },
+    /// Frames of memory that never is private were private memory before, and nobody has made them shared: no access to
+    /// them could succeed. Convert them before their slot goes.
+    #[error("slot {slot:#x} has no private side, but its gfns {gfns} are private")]
+    StillPrivate {
+        /// The slot, as KVM numbers it.
+        slot: u32,
+        /// The first such frames.
+        gfns: GfnRange,
+    },
     /// The record of page state does not reach so far: see [`Builder::address_limit`](super::Builder::address_limit).
     #[error("slot at gfns {gfns}")]
     Record {
@@ -137,7 +146,13 @@ impl CvmMemory {
         let hull = slots.iter().map(|slot| slot.gfns).reduce(|a, b| a.hull(&b));
         let Some(hull) = hull else { return Ok(Vec::new()) };
 
-        let _guard = self.converter.exclusive(hull)?;
+        // What is no memory yet has no pins; those of memory in between do not matter.
+        let _guard = self.converter.hold(hull)?;
+        for slot in slots.iter().filter(|slot| !next.is_convertible(slot)) {
+            if let Some(gfns) = self.converter.declared().member_runs(slot.gfns).next() {
+                return Err(SlotError::StillPrivate { slot: slot.id.raw(), gfns });
+            }
+        }
         let mut undo = Undo { memory: self, space: next.clone(), fresh: Vec::new(), created: Vec::new(), armed: true };
         for slot in slots.iter().filter(|slot| next.is_convertible(slot)) {
             let fresh: Vec<GfnRange> = self.known.differing_runs(slot.gfns, true).collect();

@@ -396,6 +396,24 @@ fn a_vcpu_that_hangs_is_given_up() {
 
 // --- a KVM with private memory ---------------------------------------------------------------------------------------
 
+/// An emulated processor raises page faults for pages that are mapped; without a handler, the first would end the guest.
+#[test]
+fn a_page_fault_is_tried_again_and_does_not_end_the_guest() {
+    let Some(vm) = kvm(Platform::DEFAULT) else { return };
+    let ram = Ram::new(0x1000);
+    set(&vm, &ram_slot(0, 0x10_0000, &ram)).unwrap();
+    let mut guest = KvmGuest::new(&vm, 0);
+    // movabs $1<<40,%rax; mov (%rax),%al; ret: nothing is mapped there.
+    let code = [&[0x48, 0xb8][..], &(1u64 << 40).to_le_bytes(), &[0x8a, 0x00, 0xc3]].concat();
+    guest.perform(GuestOp::Write { gpa: 0x10_0000, data: code });
+    guest.set_patience(std::time::Duration::from_millis(20));
+    guest.start(GuestOp::Fetch { gpa: 0x10_0000 });
+    assert_eq!(guest.run().map(drop), Err(Errno::ETIMEDOUT), "it tries for ever");
+    // And goes on when it is told to do something else.
+    guest.set_patience(std::time::Duration::from_secs(60));
+    assert_eq!(guest.perform(GuestOp::Check { gpa: 0x10_0000, len: 1, byte: 0x48 }), Outcome::Same);
+}
+
 /// RAM in both kinds, at `gpa`.
 fn both_kinds(vm: &KvmVm, slot: u32, gpa: u64, size: u64) -> (Ram, GuestMemfd) {
     let (ram, file) = (Ram::new(size), vm.create_guest_memfd(size, 0).unwrap());

@@ -1,7 +1,7 @@
 //! 64-bit mode, with paging: reaches every guest physical address.
 
 use cvm_memory::hypervisor::kvm::KvmVm;
-use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
+use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
 
 use super::Placement;
 use super::mode::{Cpu, Mode, Step};
@@ -17,8 +17,17 @@ const CHECK: u64 = 0x20;
 const CALL: u64 = 0x30;
 const VMCALL: u64 = 0x40;
 const VMMCALL: u64 = 0x50;
+/// Handles page faults by trying again. Everything a stub touches is mapped, so there is none to be had; but a processor
+/// that is itself emulated (QEMU's TCG with several threads) raises one now and then for a page that is mapped.
+const PAGE_FAULT: u64 = 0x60;
+/// Null, code, data: what returning from a fault reloads.
+const GDT: u64 = 0x100;
+const DESCRIPTORS: [u64; 3] = [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
+/// Up to vector 14, the page fault; the gates below it are not present.
+const IDT: u64 = 0x200;
+const PAGE_FAULT_VECTOR: u64 = 14;
 
-const CODE: [(u64, &[u8]); 6] = [
+const CODE: [(u64, &[u8]); 7] = [
     // mov %r8,%cr3; rep movsb (%rsi),(%rdi); hlt
     (COPY, &[0x41, 0x0f, 0x22, 0xd8, 0xf3, 0xa4, 0xf4]),
     // mov %r8,%cr3; rep stosb %al,(%rdi); hlt
@@ -31,6 +40,8 @@ const CODE: [(u64, &[u8]); 6] = [
     (VMCALL, &[0x41, 0x0f, 0x22, 0xd8, 0x0f, 0x01, 0xc1, 0xf4]),
     // mov %r8,%cr3; vmmcall; hlt
     (VMMCALL, &[0x41, 0x0f, 0x22, 0xd8, 0x0f, 0x01, 0xd9, 0xf4]),
+    // add $8,%rsp (the error code); mov %r8,%cr3; iretq
+    (PAGE_FAULT, &[0x48, 0x83, 0xc4, 0x08, 0x41, 0x0f, 0x22, 0xd8, 0x48, 0xcf]),
 ];
 
 /// A guest in 64-bit mode.
@@ -55,6 +66,14 @@ impl Mode for LongMode {
         for (offset, code) in CODE {
             support.write(STUBS + offset, code);
         }
+        for (index, descriptor) in (0..).zip(DESCRIPTORS) {
+            support.write_u64(GDT + index * 8, descriptor);
+        }
+        // An interrupt gate, present, of 64 bits, to the code segment.
+        let handler = support.gpa(STUBS + PAGE_FAULT);
+        let gate = IDT + PAGE_FAULT_VECTOR * 16;
+        support.write_u64(gate, (handler & 0xffff) | 0x08 << 16 | 0x8e << 40 | (handler >> 16 & 0xffff) << 48);
+        support.write_u64(gate + 8, handler >> 32);
         Self { cpu, tables: Tables::new(support) }
     }
 
@@ -69,6 +88,8 @@ impl Mode for LongMode {
         let data = kvm_segment { selector: 0x10, type_: 0b0011, db: 1, ..flat };
         sregs.cs = kvm_segment { selector: 0x08, type_: 0b1011, l: 1, ..flat };
         (sregs.ds, sregs.es, sregs.ss, sregs.fs, sregs.gs) = (data, data, data, data, data);
+        sregs.gdt = kvm_dtable { base: support.gpa(GDT), limit: 8 * 3 - 1, ..Default::default() };
+        sregs.idt = kvm_dtable { base: support.gpa(IDT), limit: 16 * 15 - 1, ..Default::default() };
         sregs.cr0 = 0x8000_0031; // PG, NE, ET, PE
         sregs.cr3 = support.gpa(TABLES);
         sregs.cr4 = 0x20; // PAE

@@ -55,8 +55,10 @@ pub enum LockError {
 enum Kind {
     Shared,
     Exclusive,
-    /// Somebody waits for an exclusive lock.
+    /// Somebody waits for an exclusive lock, and for pins to end.
     Wanted,
+    /// Somebody waits for an exclusive lock, and minds no pins: those may come and go meanwhile.
+    Queued,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -95,7 +97,8 @@ impl Table {
         let me = current_thread().id();
         // In the order of asking, however the numbers wrap.
         let mut earlier = self.entries.iter().take_while(|entry| Some(entry.id) != asked);
-        let wanted = earlier.any(|entry| entry.kind == Kind::Wanted && entry.range.overlaps(range));
+        let blocks = |kind| kind == Kind::Wanted || (kind == Kind::Queued && asked.is_some());
+        let wanted = earlier.any(|entry| blocks(entry.kind) && entry.range.overlaps(range));
         let pins = || self.entries.iter().any(|entry| entry.kind == Kind::Shared && entry.owner == me);
         self.find(range, Kind::Exclusive).is_some() || (wanted && !pins())
     }
@@ -149,7 +152,7 @@ impl RangeLock {
         let me = current_thread().id();
         let mut table = self.table();
         table.refuse_reentry(range)?;
-        let wanted = table.add(range, Kind::Wanted);
+        let wanted = table.add(range, if pins.is_some() { Kind::Wanted } else { Kind::Queued });
         let mut started = None;
         let refused = loop {
             // They end by themselves, and pins may come and go meanwhile.

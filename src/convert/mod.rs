@@ -239,6 +239,8 @@ impl Converter {
     }
 
     fn try_convert(&self, request: &Request) -> Result<Outcome, ConvertError> {
+        // What is refused anyway need not wait for anybody.
+        admit(request, &self.space.load())?;
         // Only shared pages are pinned, and a conversion to shared changes none of those.
         let pins = request.to.is_private().then_some(self.options.pins);
         let _guard = self.locks.exclusive(request.range, pins)?;

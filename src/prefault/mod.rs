@@ -287,6 +287,7 @@ struct Tally {
     total: u64,
     bytes: u64,
     left: Vec<GfnRange>,
+    stopped: bool,
     failed: Option<(GfnRange, PieceError)>,
 }
 
@@ -301,7 +302,9 @@ impl Tally {
         match result {
             Ok(bytes) => {
                 self.bytes = self.bytes.saturating_add(bytes);
-                if progress(Progress { done: self.bytes, total: self.total }).is_break() {
+                // Pieces that others had begun when it was stopped still come in.
+                if !self.stopped && progress(Progress { done: self.bytes, total: self.total }).is_break() {
+                    self.stopped = true;
                     self.left.extend(queue.drain());
                 }
             }

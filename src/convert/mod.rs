@@ -18,24 +18,27 @@
 //! `virt/kvm/kvm_main.c`.
 
 mod commit;
+mod devices;
 mod discard;
 mod effects;
 mod listener;
 mod lock;
 mod plan;
 mod request;
+mod trim;
 
 use std::sync::Arc;
 
 use arc_swap::{ArcSwap, Guard};
 
-use crate::addr::{Gfn, GfnRange, PAGE_SIZE, PAGES_PER_2M, subtract_lists};
+use crate::addr::{Gfn, GfnRange, PAGE_SIZE, PAGES_PER_2M};
 use crate::backing::Space;
 use crate::hypervisor::Hypervisor;
 use crate::page_set::{PageSet, PageSetError};
 use crate::stats::Counters;
 
 pub use commit::{Effects, Outcome, StepError, commit};
+pub use devices::{AddListenerError, Pin, PinError};
 pub use discard::DiscardPolicy;
 pub use listener::{Listener, ListenerError, ListenerId, SharedRun};
 pub use lock::{LockError, PinPolicy, RangeGuard, RangeLock};
@@ -79,35 +82,6 @@ pub enum ConvertError {
     /// The range could not be locked.
     #[error(transparent)]
     Locked(#[from] LockError),
-}
-
-/// Why shared memory could not be pinned for a device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum PinError {
-    /// Part of the range is private, or is not memory.
-    #[error("gfns {range} are not all shared memory: gfns {part}")]
-    NotShared {
-        /// The range asked for.
-        range: GfnRange,
-        /// The first part that is not.
-        part: GfnRange,
-    },
-    /// The range could not be locked.
-    #[error(transparent)]
-    Locked(#[from] LockError),
-}
-
-/// A device access in progress: while it lives, no page of its range becomes private.
-#[derive(Debug)]
-pub struct Pin<'a> {
-    guard: RangeGuard<'a>,
-}
-
-impl Pin<'_> {
-    /// The frames.
-    pub const fn gfns(&self) -> GfnRange {
-        self.guard.range()
-    }
 }
 
 /// Every guest frame there can be.
@@ -321,171 +295,6 @@ impl Converter {
         Ok(())
     }
 
-    /// Frees all that conversions have left within `gfns`, whose memory is about to go. The caller holds
-    /// [`exclusive`](Self::exclusive) over `gfns`.
-    ///
-    /// # Errors
-    /// As [`trim`](Self::trim).
-    pub(crate) fn settle_locked(&self, gfns: GfnRange) -> Result<u64, StepError> {
-        let private = self.trim_locked(gfns, State::Private)?;
-        Ok(private.saturating_add(self.trim_locked(gfns, State::Shared)?))
-    }
-
-    /// Frees up to `budget` bytes of what conversions have left; whole pieces, so a little more may be freed.
-    /// Returns the bytes freed.
-    ///
-    /// # Errors
-    /// [`StepError`] of the first piece that could not be freed, after everything else has been tried; it stays to be freed.
-    pub fn trim(&self, budget: u64) -> Result<u64, StepError> {
-        self.trim_within(everything(), budget)
-    }
-
-    /// [`trim`](Self::trim) of `gfns` only.
-    ///
-    /// # Errors
-    /// As [`trim`](Self::trim).
-    pub fn trim_within(&self, gfns: GfnRange, budget: u64) -> Result<u64, StepError> {
-        let (mut freed, mut failed) = (0u64, None);
-        for side in [State::Private, State::Shared] {
-            let mut rest = gfns;
-            while freed < budget {
-                let Some(run) = self.queue.first(rest, side) else { break };
-                let Some((_, above)) = rest.split_at(run.end()) else { break };
-                rest = above;
-                let steps = plan::plan_trim(run, side, &self.space.load(), &self.rules());
-                // What no longer has a slot has nothing to free, but is to be forgotten.
-                let pieces = if steps.is_empty() { vec![run] } else { steps.iter().map(Step::gfns).collect() };
-                for piece in pieces {
-                    if freed >= budget {
-                        break;
-                    }
-                    // From within a conversion: it will be trimmed another time.
-                    let Ok(_guard) = self.locks.exclusive(piece, None) else { continue };
-                    // What cannot be freed does not keep what lies behind it.
-                    match self.trim_locked(piece, side) {
-                        Ok(bytes) => freed = freed.saturating_add(bytes),
-                        Err(error) => failed = failed.or(Some(error)),
-                    }
-                }
-            }
-        }
-        failed.map_or(Ok(freed), Err)
-    }
-
-    fn trim_locked(&self, piece: GfnRange, side: State) -> Result<u64, StepError> {
-        let space = self.space.load();
-        let executor = self.executor(&space);
-        let mut freed = 0u64;
-        // Between the look at the queue and the lock, some of it may have been freed or come into use.
-        for gfns in self.queue.left(piece, side) {
-            for step in plan::plan_trim(gfns, side, &space, &self.rules()) {
-                match &step {
-                    Step::DiscardPrivate(discard) => executor.discard_private(discard)?,
-                    Step::DiscardShared(discard) => executor.discard_shared(discard)?,
-                    _ => continue,
-                }
-                freed = freed.saturating_add(step.gfns().bytes());
-            }
-            // What no longer has a slot has nothing to free here.
-            executor.keep(gfns, side)?;
-        }
-        Ok(freed)
-    }
-
-    /// Pins `gfns` for a device access: all of them are shared memory, and stay so while the pin lives.
-    ///
-    /// # Errors
-    /// [`PinError`].
-    pub fn pin(&self, gfns: GfnRange) -> Result<Pin<'_>, PinError> {
-        let guard = self.locks.shared(gfns)?;
-        let space = self.space.load();
-        let hole = space.layout().table().segments(gfns).find(|segment| segment.slot.is_none());
-        if let Some(part) = self.declared.member_runs(gfns).next().or(hole.map(|segment| segment.gfns)) {
-            return Err(PinError::NotShared { range: gfns, part });
-        }
-        Ok(Pin { guard })
-    }
-
-    /// Registers a listener and maps for it what is shared now.
-    ///
-    /// # Errors
-    /// [`StepError::Listener`] if it could not map: what it had mapped is unmapped again, and it is not registered.
-    /// [`ConvertError`] if called from within a conversion.
-    pub fn add_listener(&self, listener: &Arc<dyn Listener>) -> Result<ListenerId, AddListenerError> {
-        let _guard = self.locks.exclusive(everything(), None)?;
-        let runs = self.shared_runs(everything());
-        for (done, run) in runs.iter().enumerate() {
-            if let Err(error) = listener.map(run) {
-                runs.iter().take(done).rev().for_each(|earlier| listener.unmap(earlier));
-                return Err(AddListenerError::Map(StepError::Listener { gfns: run.gfns, error }));
-            }
-        }
-        Ok(self.listeners.add(listener))
-    }
-
-    /// Takes a listener out and unmaps what is shared now. Unknown ones are ignored.
-    ///
-    /// # Errors
-    /// [`LockError::Reentrant`] if called from within a conversion.
-    pub fn remove_listener(&self, id: ListenerId) -> Result<(), LockError> {
-        let _guard = self.locks.exclusive(everything(), None)?;
-        if let Some(listener) = self.listeners.remove(id) {
-            self.shared_runs(everything()).iter().rev().for_each(|run| listener.unmap(run));
-        }
-        if self.listeners.is_empty() {
-            self.forget_unmapped(everything());
-        }
-        Ok(())
-    }
-
-    /// The shared runs of memory within `gfns`, as listeners hear of them: without those that they could not map again.
-    pub(crate) fn shared_runs(&self, gfns: GfnRange) -> Vec<SharedRun> {
-        let space = self.space.load();
-        let memory = space.layout().table().segments(gfns).filter(|segment| segment.slot.is_some());
-        let memory = crate::addr::merge_adjacent(memory.map(|segment| segment.gfns));
-        let shared: Vec<_> = memory.iter().flat_map(|&gfns| self.declared.differing_runs(gfns, true)).collect();
-        let unmapped: Vec<_> = self.unmapped.member_runs(gfns).collect();
-        let shared = subtract_lists(&shared, &unmapped).into_iter();
-        shared.map(|gfns| SharedRun { gfns, pieces: space.shared_pieces(gfns) }).collect()
-    }
-
-    /// Nobody has `gfns` mapped, or everybody is about to.
-    fn forget_unmapped(&self, gfns: GfnRange) {
-        for gfns in self.unmapped.member_runs(gfns) {
-            // It was in the set, so it can be taken out.
-            let _gone = self.unmapped.remove(gfns);
-        }
-    }
-
-    /// Tells listeners of memory that has been added, or is about to go. The caller holds
-    /// [`exclusive`](Self::exclusive) over `gfns`.
-    ///
-    /// # Errors
-    /// [`StepError::Listener`]: nothing of `gfns` is mapped then, and nobody will be told to unmap it.
-    pub(crate) fn announce_locked(&self, gfns: GfnRange, mapped: bool) -> Result<(), StepError> {
-        if self.listeners.is_empty() {
-            return Ok(());
-        }
-        if !mapped {
-            self.shared_runs(gfns).iter().rev().for_each(|run| self.listeners.unmap(run));
-            self.forget_unmapped(gfns);
-            return Ok(());
-        }
-        self.forget_unmapped(gfns);
-        let runs = self.shared_runs(gfns);
-        for (done, run) in runs.iter().enumerate() {
-            if let Err(error) = self.listeners.map(run) {
-                runs.iter().take(done).rev().for_each(|earlier| self.listeners.unmap(earlier));
-                for run in &runs {
-                    // Memory beyond the record is never private, and goes as it came.
-                    let _remembered = self.unmapped.insert(run.gfns);
-                }
-                return Err(StepError::Listener { gfns: run.gfns, error });
-            }
-        }
-        Ok(())
-    }
-
     fn rules(&self) -> Rules {
         Rules {
             discard: self.options.discard,
@@ -536,15 +345,4 @@ impl Converter {
         requests.pages_converted.add(converted);
         requests.pages_unchanged.add(plan.pages.saturating_sub(plan.pages_changed()));
     }
-}
-
-/// Why a listener could not be registered.
-#[derive(Debug, Clone, thiserror::Error)]
-pub enum AddListenerError {
-    /// It could not map what is shared.
-    #[error(transparent)]
-    Map(#[from] StepError),
-    /// Called from within a conversion.
-    #[error(transparent)]
-    Locked(#[from] LockError),
 }

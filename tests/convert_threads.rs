@@ -11,7 +11,8 @@ use cvm_memory::convert::{
     AddListenerError, ConvertError, DiscardPolicy, Listener, ListenerError, LockError, Outcome, PinError, PinPolicy,
     RangeLock, Request, SharedRun, State,
 };
-use cvm_memory::memory::CvmMemory;
+use cvm_memory::layout::SlotId;
+use cvm_memory::memory::{CvmMemory, SlotError};
 use cvm_memory::soft::SoftVm;
 
 const MIB: u64 = 1 << 20;
@@ -217,6 +218,8 @@ impl Meddler {
             let pinned = memory.pin(range);
             assert!(matches!(pinned, Err(PinError::Locked(LockError::Reentrant { .. }))), "{pinned:?}");
         }
+        let removed = memory.remove_slot(SlotId::from_raw(0));
+        assert!(matches!(removed, Err(SlotError::Locked(LockError::Reentrant { .. }))), "{removed:?}");
         let other: Arc<dyn Listener> = Arc::new(Counting::default());
         let added = memory.add_listener(&other);
         assert!(matches!(added, Err(AddListenerError::Locked(LockError::Reentrant { .. }))), "{added:?}");
@@ -245,6 +248,18 @@ fn a_listener_that_meddles_is_refused_and_nothing_hangs() {
         assert!(matches!(memory.convert(&Request { range: range(0, 4), to }), Ok(Outcome::Converted { pages: 4 })));
     }
     assert_eq!(*meddler.told.lock().unwrap(), ["refused", "refused"]);
+}
+
+#[test]
+fn a_stale_handle_takes_nobody_out() {
+    let (_, memory) = memory(PinPolicy::Refuse);
+    memory.convert(&Request { range: page(0), to: State::Shared }).unwrap();
+    let first = memory.add_listener(&listener(&Arc::new(Counting::default()))).unwrap();
+    memory.remove_listener(first).unwrap();
+    let second = Arc::new(Counting::default());
+    memory.add_listener(&listener(&second)).unwrap();
+    memory.remove_listener(first).unwrap();
+    assert_eq!(second.mapped(), [0]);
 }
 
 #[test]

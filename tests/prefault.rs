@@ -222,7 +222,7 @@ fn errors_and_nonsense_are_errors_at_once() {
     for nonsense in [grown, jumped, wrapped] {
         let mut vcpu = Scripted { nonsense: Some(nonsense), ..Scripted::default() };
         let error = failed(memory.prefault(&[range(0, 4 * MIB)], &mut [&mut vcpu], &options, &mut go_on));
-        assert!(matches!(error.cause, PieceError::Map { errno: Errno::EIO, .. }), "{error:?}");
+        assert!(matches!(error.cause, PieceError::Map { errno: Errno::EIO, gpa: 0, .. }), "{error:?}");
         assert_eq!(vcpu.calls, 1);
     }
 }

@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
 use nix::errno::Errno;
@@ -69,13 +70,15 @@ pub struct ListenerId(u64);
 #[derive(Debug, Default)]
 pub(super) struct Listeners {
     list: ArcSwap<Vec<(ListenerId, Arc<dyn Listener>)>>,
+    next: AtomicU64,
 }
 
 impl Listeners {
     /// Adds `listener`; the caller has already told it what is shared, and holds off conversions.
     pub(super) fn add(&self, listener: &Arc<dyn Listener>) -> ListenerId {
         let list = self.list.load();
-        let id = ListenerId(list.last().map_or(0, |(last, _)| last.0.wrapping_add(1)));
+        // Never given twice: a handle that is stale must not take out somebody else.
+        let id = ListenerId(self.next.fetch_add(1, Ordering::Relaxed));
         let mut longer = Vec::clone(&list);
         longer.push((id, Arc::clone(listener)));
         self.list.store(Arc::new(longer));

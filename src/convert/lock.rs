@@ -194,6 +194,14 @@ impl RangeLock {
         Ok(RangeGuard { lock: self, id, range })
     }
 
+    /// Refuses a thread that holds an exclusive lock, before it waits for something else than a range.
+    ///
+    /// # Errors
+    /// [`LockError::Reentrant`].
+    pub(super) fn refuse_reentry(&self, range: GfnRange) -> Result<(), LockError> {
+        self.table().refuse_reentry(range)
+    }
+
     fn table(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -195,6 +195,14 @@ impl Converter {
         self.locks.exclusive(gfns, None)
     }
 
+    /// Refuses a thread that is at a conversion: a listener that wants to edit slots.
+    ///
+    /// # Errors
+    /// [`LockError::Reentrant`].
+    pub(crate) fn refuse_reentry(&self) -> Result<(), LockError> {
+        self.locks.refuse_reentry(everything())
+    }
+
     /// Converts the request's pages, or refuses before any effect.
     ///
     /// # Errors

@@ -360,8 +360,10 @@ impl CvmMemory {
         }
     }
 
-    fn editing(&self) -> std::sync::MutexGuard<'_, ()> {
-        self.editing.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Keeps other edits out. A listener that asked for one would wait for itself.
+    fn editing(&self) -> Result<std::sync::MutexGuard<'_, ()>, LockError> {
+        self.converter.refuse_reentry()?;
+        Ok(self.editing.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 

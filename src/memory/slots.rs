@@ -136,7 +136,7 @@ impl CvmMemory {
     /// # Errors
     /// [`SlotError`].
     pub fn add_slots(&self, specs: Vec<SlotSpec>) -> Result<Vec<SlotId>, SlotError> {
-        let _editing = self.editing();
+        let _editing = self.editing()?;
         let current = self.converter.space().clone();
         let mut next = Space::clone(&current);
         let added = resolve(specs, &current)?;
@@ -198,7 +198,7 @@ impl CvmMemory {
     /// # Errors
     /// [`SlotError`].
     pub fn remove_slot(&self, id: SlotId) -> Result<(), SlotError> {
-        let _editing = self.editing();
+        let _editing = self.editing()?;
         let current = self.converter.space().clone();
         let mut next = Space::clone(&current);
         let slot = next.remove(id)?;
@@ -220,7 +220,7 @@ impl CvmMemory {
     /// # Errors
     /// [`SlotError::FileInUse`] while a slot is bound to it.
     pub fn release_file(&self, file: FileId) -> Result<(), SlotError> {
-        let _editing = self.editing();
+        let _editing = self.editing()?;
         let mut next = Space::clone(&self.converter.space());
         if next.layout().bindings(file).is_some_and(|bindings| !bindings.is_empty()) {
             return Err(SlotError::FileInUse { file });

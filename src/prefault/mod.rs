@@ -229,20 +229,22 @@ fn map(converter: &Converter, gfns: GfnRange, vcpu: &mut dyn Vcpu, patience: u32
     retry(patience, || {
         let before = rest;
         converter.counters().issued.pre_fault.add(1);
-        match vcpu.pre_fault_memory(&mut rest) {
+        let failed = match vcpu.pre_fault_memory(&mut rest) {
+            // Address and size move together, or this is not progress but nonsense.
+            Ok(()) if rest.gpa.checked_add(rest.size) == Some(gfns.end_byte()) && rest.size <= before.size => {
+                let done = rest.size == 0;
+                return Ok(if done { ControlFlow::Break(()) } else { ControlFlow::Continue(rest.size < before.size) });
+            }
+            Ok(()) => Err(Errno::EIO),
             Err(errno @ (Errno::EINTR | Errno::EAGAIN)) => {
                 last = errno;
-                rest = before;
                 Ok(ControlFlow::Continue(false))
             }
             Err(errno) => Err(errno),
-            // Address and size move together, or this is not progress but nonsense.
-            Ok(()) if rest.gpa.checked_add(rest.size) != Some(gfns.end_byte()) || rest.size > before.size => {
-                Err(Errno::EIO)
-            }
-            Ok(()) if rest.size == 0 => Ok(ControlFlow::Break(())),
-            Ok(()) => Ok(ControlFlow::Continue(rest.size < before.size)),
-        }
+        };
+        // Nothing was mapped, whatever the call has left in there.
+        rest = before;
+        failed
     })
     .map_err(|errno| PieceError::Map { gfns, gpa: rest.gpa, errno: errno.unwrap_or(last) })
 }

@@ -39,6 +39,9 @@ pub use slots::{SlotError, SlotSpec};
 pub enum Materialise {
     /// At its first private access, together with its surroundings. Setting the attribute of a whole TiB ahead takes KVM
     /// some 18 s and 2 GiB. Needs a platform whose accesses say by themselves if they are private.
+    ///
+    /// Until then a *shared* access to the page makes no exit: KVM serves it from the shared memory, while the record says
+    /// private and devices are refused. A guest that asks before it shares, as confidential guests do, never sees this.
     Lazy,
     /// When its slot is created.
     Eager,

@@ -282,6 +282,12 @@ fn an_identical_fault_with_nothing_to_resolve_does_not_spin() {
     };
     assert!(matches!(stuck, Action::Stuck(fault) if fault == private_fault(0x1000)), "{stuck:?}");
     assert_eq!(left, repeats);
+    // Any other exit in between is progress.
+    for _ in 0..repeats * 2 {
+        let action = machine.fault(private_fault(0x1000));
+        assert!(matches!(action, Action::Resume(Handled::Unchanged)), "{action:?}");
+        assert!(matches!(machine.exits.handle(&mut Exit::Halt), Action::NotOurs));
+    }
     // Two faults that take turns are two guests' instructions making progress; another page starts anew.
     for _ in 0..repeats * 2 {
         for gpa in [0x2000, 0x3000] {

@@ -373,3 +373,47 @@ fn what_a_slot_that_cannot_be_deleted_points_at_stays() {
         assert_eq!(Arc::strong_count(&backing), 1 + usize::from(kept), "{errno}");
     }
 }
+
+#[derive(Debug)]
+struct Panicking;
+
+impl cvm_memory::convert::Listener for Panicking {
+    fn map(&self, _: &cvm_memory::convert::SharedRun) -> Result<(), cvm_memory::convert::ListenerError> {
+        Ok(())
+    }
+    fn unmap(&self, _: &cvm_memory::convert::SharedRun) {
+        panic!("on purpose");
+    }
+}
+
+#[test]
+fn a_panic_at_teardown_unmaps_nothing_that_has_a_slot() {
+    let vm = SoftVm::software_protected();
+    let file = Arc::new(vm.create_guest_memfd(MIB, 0).unwrap());
+    let backing = Arc::new(SharedMemory::new(MIB).unwrap());
+    let shared = SharedSlice { backing: backing.clone(), offset: 0 };
+    let spec = SlotSpec { shared, ..slot(&file, 0, MIB, 0) };
+    let memory = CvmMemory::builder().slot(spec).initial(State::Shared).build(Arc::new(vm.clone())).unwrap();
+    let listener: Arc<dyn cvm_memory::convert::Listener> = Arc::new(Panicking);
+    memory.add_listener(&listener).unwrap();
+    catch_unwind(AssertUnwindSafe(|| drop(memory))).unwrap_err();
+    assert_eq!((vm.slots().len(), Arc::strong_count(&backing)), (1, 2));
+}
+
+#[test]
+fn shared_memory_cannot_be_truncated_under_its_mapping() {
+    let memory = SharedMemory::new(MIB).unwrap();
+    for size in [0, MIB / 2, 2 * MIB] {
+        memory.file().set_len(size).unwrap_err();
+    }
+    memory.write(MIB - 1, &[1]).unwrap();
+}
+
+#[test]
+fn slots_of_other_address_spaces_are_refused() {
+    let vm = SoftVm::software_protected();
+    let file = Arc::new(vm.create_guest_memfd(MIB, 0).unwrap());
+    let memory = CvmMemory::builder().ram(0, MIB).build(Arc::new(vm)).unwrap();
+    let other = SlotSpec { id: Some(SlotId { as_id: 1, id: 0 }), ..slot(&file, 0, MIB, 0) };
+    assert!(matches!(memory.add_slots(vec![other]), Err(SlotError::AddressSpace { .. })));
+}

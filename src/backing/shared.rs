@@ -10,7 +10,7 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use memfd::MemfdOptions;
+use memfd::{FileSeal, MemfdOptions};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::stat::fstat;
@@ -140,17 +140,18 @@ impl SharedMemory {
         let Some(length) = usize::try_from(size).ok().filter(|_| size != 0 && size & (PAGE_SIZE - 1) == 0) else {
             return Err(SharedError::Size { size });
         };
-        let file = MemfdOptions::new()
-            .close_on_exec(true)
-            .create("cvm-memory-shared")
-            .map_err(|source| SharedError::Create { size, source })?
-            .into_file();
-        file.set_len(size).map_err(|source| SharedError::Resize { size, source })?;
-        Self::of_file(Arc::new(file), 0, length)
+        let failed = |source| SharedError::Create { size, source };
+        let file =
+            MemfdOptions::new().close_on_exec(true).allow_sealing(true).create("cvm-memory-shared").map_err(failed)?;
+        file.as_file().set_len(size).map_err(|source| SharedError::Resize { size, source })?;
+        // Whoever is handed the file must not be able to take it away from under the mapping.
+        file.add_seals(&[FileSeal::SealGrow, FileSeal::SealShrink, FileSeal::SealSeal]).map_err(failed)?;
+        Self::of_file(Arc::new(file.into_file()), 0, length)
     }
 
     /// The bytes `[offset, offset + size)` of a file that can be mapped: a memfd of the caller's, a hugetlbfs file (whose
-    /// page size [`granule`](SharedBacking::granule) does not know), or a guest_memfd that starts out shared.
+    /// page size [`granule`](SharedBacking::granule) does not know), or a guest_memfd that starts out shared. It must not
+    /// be truncated while it is mapped: an access beyond its end would end this process.
     ///
     /// # Errors
     /// [`SharedError`] if the part is empty, unaligned, beyond the end of the file, or cannot be mapped.

@@ -172,7 +172,11 @@ impl VcpuExits {
         match exit {
             Exit::Hypercall(hypercall) => self.hypercall(hypercall),
             Exit::MemoryFault(fault) => self.memory_fault(fault),
-            _ => Action::NotOurs,
+            _ => {
+                // The guest got on.
+                self.forget();
+                Action::NotOurs
+            }
         }
     }
 

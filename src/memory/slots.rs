@@ -6,6 +6,7 @@
 //! knows nothing else.
 #![allow(unsafe_code, reason = "the one place that hands KVM an address, and it comes from a `SharedBacking`")]
 
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
@@ -74,6 +75,12 @@ pub enum SlotError {
     /// The layout does not admit it.
     #[error(transparent)]
     Layout(#[from] LayoutError),
+    /// Page state, pins and listeners know address space 0 only.
+    #[error("slot {id} is not in address space 0")]
+    AddressSpace {
+        /// The slot.
+        id: SlotId,
+    },
     /// Every id is taken.
     #[error("no slot id is free below {limit}")]
     NoFreeId {
@@ -232,7 +239,8 @@ impl CvmMemory {
 
     /// Removes every slot, last one first, whatever fails on the way. For teardown: nobody else is about.
     pub(super) fn remove_all_slots(&mut self) {
-        let current = self.converter.space().clone();
+        // Listeners and backings are foreign code. Should one panic, the slots that are left keep their memory for ever.
+        let current = ManuallyDrop::new(self.converter.space().clone());
         let slots: Vec<Memslot> = current.layout().table().slots().copied().collect();
         for slot in slots.iter().rev() {
             let freed = self.converter.settle_locked(slot.gfns);
@@ -241,10 +249,11 @@ impl CvmMemory {
                 tracing::warn!(%error, slot = slot.id.raw(), "memory left behind");
             }
             if let Err(error) = self.set_region(slot, 0, None) {
-                tracing::warn!(%error, "slot left behind");
                 keep_for_ever(&error, current.shared(slot.id));
+                tracing::warn!(%error, "slot left behind");
             }
         }
+        drop(ManuallyDrop::into_inner(current));
     }
 
     /// `KVM_SET_USER_MEMORY_REGION2`; size zero deletes.
@@ -288,8 +297,8 @@ impl Drop for Undo<'_> {
         }
         for slot in self.created.iter().rev() {
             if let Err(error) = self.memory.set_region(slot, 0, None) {
-                tracing::error!(%error, "a slot that was not wanted stays");
                 keep_for_ever(&error, self.space.shared(slot.id));
+                tracing::error!(%error, "a slot that was not wanted stays");
             }
         }
         for &gfns in self.fresh.iter().rev() {
@@ -336,6 +345,9 @@ fn resolve(specs: Vec<SlotSpec>, space: &Space) -> Result<Vec<Added>, SlotError>
             Some(id) => id,
             None => candidates.next().ok_or(SlotError::NoFreeId { limit })?,
         };
+        if id.as_id != 0 {
+            return Err(SlotError::AddressSpace { id });
+        }
         let binding = private.as_ref().map(|(file, start)| FileBinding { file: file.id(), start: *start });
         if let Some((_, start)) = &private {
             FileRange::with_len(*start, gfns.pages()).map_err(|error| SlotError::Range { gpa, size, error })?;

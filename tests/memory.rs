@@ -411,9 +411,9 @@ fn shared_memory_cannot_be_truncated_under_its_mapping() {
 
 #[test]
 fn slots_of_other_address_spaces_are_refused() {
-    let vm = SoftVm::software_protected();
-    let file = Arc::new(vm.create_guest_memfd(MIB, 0).unwrap());
-    let memory = CvmMemory::builder().ram(0, MIB).build(Arc::new(vm)).unwrap();
-    let other = SlotSpec { id: Some(SlotId { as_id: 1, id: 0 }), ..slot(&file, 0, MIB, 0) };
+    let memory = CvmMemory::builder().plain_ram(0, MIB).build(Arc::new(SoftVm::default_type())).unwrap();
+    let shared = SharedSlice { backing: Arc::new(SharedMemory::new(MIB).unwrap()), offset: 0 };
+    let id = Some(SlotId { as_id: 1, id: 0 });
+    let other = SlotSpec { id, gpa: 0, size: MIB, shared, private: None, flags: SlotFlags::empty() };
     assert!(matches!(memory.add_slots(vec![other]), Err(SlotError::AddressSpace { .. })));
 }

@@ -150,6 +150,9 @@ impl CvmMemory {
         let slots: Vec<Memslot> = added.iter().map(|(slot, ..)| *slot).collect();
         let files: Vec<Option<Arc<GuestMemfd>>> = added.iter().map(|(_, _, file)| file.clone()).collect();
         next.insert(added)?;
+        if let Some(slot) = slots.iter().find(|slot| slot.id.as_id != 0) {
+            return Err(SlotError::AddressSpace { id: slot.id });
+        }
         let hull = slots.iter().map(|slot| slot.gfns).reduce(|a, b| a.hull(&b));
         let Some(hull) = hull else { return Ok(Vec::new()) };
 
@@ -345,9 +348,6 @@ fn resolve(specs: Vec<SlotSpec>, space: &Space) -> Result<Vec<Added>, SlotError>
             Some(id) => id,
             None => candidates.next().ok_or(SlotError::NoFreeId { limit })?,
         };
-        if id.as_id != 0 {
-            return Err(SlotError::AddressSpace { id });
-        }
         let binding = private.as_ref().map(|(file, start)| FileBinding { file: file.id(), start: *start });
         if let Some((_, start)) = &private {
             FileRange::with_len(*start, gfns.pages()).map_err(|error| SlotError::Range { gpa, size, error })?;

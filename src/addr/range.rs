@@ -191,7 +191,7 @@ impl<F: Frame> PageRange<F> {
     /// assert_eq!(r(3, 513).align_in(512), None);
     /// ```
     pub fn align_out(&self, unit: u64) -> Self {
-        let mask = unit.next_power_of_two().saturating_sub(1);
+        let mask = power_of_two(unit).saturating_sub(1);
         let start = F::from_index(self.start.index() & !mask).unwrap_or(self.start);
         let end = self.end.index().saturating_add(mask) & !mask;
         Self { start, end: F::from_index(end.min(MAX_PAGES)).unwrap_or(self.end) }
@@ -199,7 +199,7 @@ impl<F: Frame> PageRange<F> {
 
     /// The whole `unit`-page blocks inside this range, or `None` if there is none. `unit` is a power of two.
     pub fn align_in(&self, unit: u64) -> Option<Self> {
-        let mask = unit.next_power_of_two().saturating_sub(1);
+        let mask = power_of_two(unit).saturating_sub(1);
         let start = F::from_index(self.start.index().checked_add(mask)? & !mask)?;
         let end = F::from_index(self.end.index() & !mask)?;
         (start < end).then_some(Self { start, end })
@@ -214,7 +214,7 @@ impl<F: Frame> PageRange<F> {
     /// assert_eq!(r(500, 1030).chunks(512).collect::<Vec<_>>(), [r(500, 512), r(512, 1024), r(1024, 1030)]);
     /// ```
     pub fn chunks(&self, pages: u64) -> Chunks<F> {
-        Chunks { rest: *self, unit: pages.max(1).next_power_of_two() }
+        Chunks { rest: *self, unit: power_of_two(pages) }
     }
 
     /// Pieces of `pages` pages counted from the start, the last one shorter: the fewest that cover the range.
@@ -338,3 +338,8 @@ impl<F: Frame> Iterator for Frames<F> {
 }
 
 impl<F: Frame> FusedIterator for Frames<F> {}
+
+/// The least power of two that is not below `n`, or the greatest there is.
+fn power_of_two(n: u64) -> u64 {
+    n.max(1).checked_next_power_of_two().unwrap_or(1 << 63)
+}

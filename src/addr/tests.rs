@@ -61,6 +61,8 @@ fn nothing_wraps_at_the_top() {
     let last = GfnRange::with_len(Gfn::MAX.checked_sub(3).unwrap(), 3).unwrap();
     assert_eq!(last.align_out(512).end(), Gfn::MAX);
     assert_eq!(last.align_in(512), None);
+    assert_eq!((last.align_out(u64::MAX).start(), last.align_in(u64::MAX)), (Gfn::ZERO, None));
+    assert_eq!(last.chunks(u64::MAX).count(), 1);
     assert_eq!(last.iter().count(), 3);
     assert_eq!(last.chunks(2).map(|c| c.pages()).sum::<u64>(), 3);
     assert_eq!(GfnRange::page(Gfn::MAX).pages(), 0);

@@ -42,6 +42,7 @@ mod vm;
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use nix::errno::Errno;
 
@@ -131,6 +132,11 @@ impl SoftVm {
     /// A VM with a platform's own rules.
     pub fn with_arch(arch: Arc<dyn Arch>) -> Self {
         Self { vm: Arc::new(Vm::new(arch)) }
+    }
+
+    /// Makes the host's processor one with so many address bits (MAXPHYADDR); 52 if nobody says. No slot may reach beyond.
+    pub fn limit_physical_bits(&self, bits: u32) {
+        self.vm.physical_bits.store(bits, Ordering::Relaxed);
     }
 
     /// `KVM_CREATE_VCPU`, with the next free index.

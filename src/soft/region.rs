@@ -151,7 +151,10 @@ impl Vm {
 
     /// `kvm_arch_prepare_memory_region()`.
     fn prepare(&self, gfns: GfnRange) -> Result<(), Errno> {
-        if gfns.end() > self.arch().max_gfn().checked_add(1).unwrap_or(Gfn::MAX) {
+        // `kvm_mmu_max_gfn()`, and what the platform needs bits of the address for.
+        let end = 1_u64.checked_shl(self.physical_bits.load(Ordering::Relaxed)).map_or(Gfn::MAX, Gfn::containing);
+        let end = end.min(self.arch().max_gfn().checked_add(1).unwrap_or(Gfn::MAX));
+        if gfns.end() > end {
             return Err(Errno::EINVAL);
         }
         self.arch().prepare_slot(gfns)

@@ -58,6 +58,8 @@ pub(super) struct Vm {
     observer: RwLock<Option<Observer>>,
     counters: LiveCounters,
     vcpus: AtomicU32,
+    /// Address bits of the host's processor.
+    pub(super) physical_bits: AtomicU32,
     /// `KVM_CAP_EXIT_HYPERCALL`.
     pub(super) exit_hypercall: AtomicU64,
     /// `KVM_CAP_EXIT_ON_EMULATION_FAILURE`.
@@ -87,6 +89,7 @@ impl Vm {
             observer: RwLock::new(None),
             counters: LiveCounters::default(),
             vcpus: AtomicU32::new(0),
+            physical_bits: AtomicU32::new(52),
             exit_hypercall: AtomicU64::new(0),
             exit_on_emulation_failure: AtomicBool::new(false),
             slot_zap_all_disabled: AtomicBool::new(false),

@@ -1,6 +1,5 @@
 //! 64-bit mode, with paging: reaches every guest physical address.
 
-use cvm_memory::hypervisor::kvm::KvmVm;
 use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
 
 use super::Placement;
@@ -20,6 +19,8 @@ const VMMCALL: u64 = 0x50;
 /// Handles page faults by trying again. Everything a stub touches is mapped, so there is none to be had; but a processor
 /// that is itself emulated (QEMU's TCG with several threads) raises one now and then for a page that is mapped.
 const PAGE_FAULT: u64 = 0x60;
+/// Moves of 1, 2, 4 and 8 bytes, each one instruction to read and one to write.
+const MOVE: [u64; 4] = [0x70, 0x80, 0x90, 0xa0];
 /// Null, code, data: what returning from a fault reloads.
 const GDT: u64 = 0x100;
 const DESCRIPTORS: [u64; 3] = [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
@@ -27,7 +28,7 @@ const DESCRIPTORS: [u64; 3] = [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
 const IDT: u64 = 0x200;
 const PAGE_FAULT_VECTOR: u64 = 14;
 
-const CODE: [(u64, &[u8]); 7] = [
+const CODE: [(u64, &[u8]); 11] = [
     // mov %r8,%cr3; rep movsb (%rsi),(%rdi); hlt
     (COPY, &[0x41, 0x0f, 0x22, 0xd8, 0xf3, 0xa4, 0xf4]),
     // mov %r8,%cr3; rep stosb %al,(%rdi); hlt
@@ -40,6 +41,11 @@ const CODE: [(u64, &[u8]); 7] = [
     (VMCALL, &[0x41, 0x0f, 0x22, 0xd8, 0x0f, 0x01, 0xc1, 0xf4]),
     // mov %r8,%cr3; vmmcall; hlt
     (VMMCALL, &[0x41, 0x0f, 0x22, 0xd8, 0x0f, 0x01, 0xd9, 0xf4]),
+    // mov %r8,%cr3; mov (%rsi),%al; mov %al,(%rdi); hlt; and with %ax, %eax, %rax
+    (MOVE[0], &[0x41, 0x0f, 0x22, 0xd8, 0x8a, 0x06, 0x88, 0x07, 0xf4]),
+    (MOVE[1], &[0x41, 0x0f, 0x22, 0xd8, 0x66, 0x8b, 0x06, 0x66, 0x89, 0x07, 0xf4]),
+    (MOVE[2], &[0x41, 0x0f, 0x22, 0xd8, 0x8b, 0x06, 0x89, 0x07, 0xf4]),
+    (MOVE[3], &[0x41, 0x0f, 0x22, 0xd8, 0x48, 0x8b, 0x06, 0x48, 0x89, 0x07, 0xf4]),
     // add $8,%rsp (the error code); mov %r8,%cr3; iretq
     (PAGE_FAULT, &[0x48, 0x83, 0xc4, 0x08, 0x41, 0x0f, 0x22, 0xd8, 0x48, 0xcf]),
 ];
@@ -51,15 +57,20 @@ pub struct LongMode {
     tables: Tables,
 }
 
+/// Where guests live if nobody says.
+pub(super) fn place(slots: u64, vcpu: u64) -> Placement {
+    // Right below 4 GiB there are firmware and interrupt controllers; this is the hole for 32-bit PCI devices.
+    Placement { slot: super::high_slot(slots, vcpu), gpa: 0xf000_0000 + vcpu * 0x10_0000 }
+}
+
 impl Mode for LongMode {
     const SIZE: u64 = TABLES + SIZE;
     const CHUNK: u64 = SPAN;
     /// `ret`
     const RETURN: &'static [u8] = &[0xc3];
 
-    fn place(vm: &KvmVm, vcpu: u64) -> Placement {
-        // Right below 4 GiB there are firmware and interrupt controllers; this is the hole for 32-bit PCI devices.
-        Placement { slot: super::high_slot(vm, vcpu), gpa: 0xf000_0000 + vcpu * 0x10_0000 }
+    fn place(slots: u64, vcpu: u64) -> Placement {
+        place(slots, vcpu)
     }
 
     fn new(support: &Support, cpu: Cpu) -> Self {
@@ -102,8 +113,8 @@ impl Mode for LongMode {
         }
         let exchange = support.gpa(EXCHANGE);
         let (stub, regs) = match *step {
-            Step::In { gpa, len } => (COPY, kvm_regs { rsi: gpa, rdi: exchange, rcx: len, ..Default::default() }),
-            Step::Out { gpa, len } => (COPY, kvm_regs { rsi: exchange, rdi: gpa, rcx: len, ..Default::default() }),
+            Step::In { gpa, len } => (copy(len), kvm_regs { rsi: gpa, rdi: exchange, rcx: len, ..Default::default() }),
+            Step::Out { gpa, len } => (copy(len), kvm_regs { rsi: exchange, rdi: gpa, rcx: len, ..Default::default() }),
             Step::Fill { gpa, len, byte } => {
                 (FILL, kvm_regs { rax: byte.into(), rdi: gpa, rcx: len, ..Default::default() })
             }
@@ -123,5 +134,16 @@ impl Mode for LongMode {
             rflags: 0x2,
             ..regs
         }
+    }
+}
+
+/// The stub that copies `len` bytes.
+const fn copy(len: u64) -> u64 {
+    match len {
+        1 => MOVE[0],
+        2 => MOVE[1],
+        4 => MOVE[2],
+        8 => MOVE[3],
+        _ => COPY,
     }
 }

@@ -52,6 +52,28 @@ struct Progress {
     outcome: Option<Outcome>,
 }
 
+/// What a guest keeps for itself: one slot, and the memory in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OwnMemory {
+    /// Slot id.
+    pub slot: u32,
+    /// First byte.
+    pub gpa: u64,
+    /// Bytes.
+    pub size: u64,
+}
+
+impl KvmGuest {
+    /// What the guest of vCPU `vcpu` keeps for itself on a KVM with the usual number of slots, if nobody says where.
+    pub fn own_memory(vcpu: u64) -> OwnMemory {
+        let Placement { slot, gpa } = long_mode::place(USUAL_SLOTS, vcpu);
+        OwnMemory { slot, gpa, size: LongMode::SIZE }
+    }
+}
+
+/// `KVM_CAP_NR_MEMSLOTS` of x86.
+const USUAL_SLOTS: u64 = 32764;
+
 /// A vCPU of the real KVM that does as it is told. See the [module](self).
 #[derive(Debug)]
 pub struct Driver<M> {
@@ -66,8 +88,7 @@ pub struct Driver<M> {
 }
 
 /// Slot ids from the top of what KVM offers, one per vCPU.
-fn high_slot(vm: &KvmVm, vcpu: u64) -> u32 {
-    let slots = vm.check_extension(Cap::NR_MEMSLOTS);
+fn high_slot(slots: u64, vcpu: u64) -> u32 {
     u32::try_from(slots - 1 - vcpu).expect("slot ids have 16 bits")
 }
 
@@ -77,7 +98,7 @@ impl<M: Mode> Driver<M> {
     /// # Panics
     /// If KVM refuses any of it.
     pub fn new(vm: &KvmVm, id: u64) -> Self {
-        Self::with_placement(vm, id, M::place(vm, id))
+        Self::with_placement(vm, id, M::place(vm.check_extension(Cap::NR_MEMSLOTS), id))
     }
 
     /// Creates vCPU `id` of `vm`, with its memory at `place`.

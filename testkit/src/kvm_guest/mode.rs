@@ -1,6 +1,5 @@
 //! What the guests differ in: how a step becomes register contents.
 
-use cvm_memory::hypervisor::kvm::KvmVm;
 use kvm_bindings::{kvm_regs, kvm_sregs};
 
 use super::Placement;
@@ -9,9 +8,9 @@ use super::support::Support;
 /// What a stub does in one go. Addresses in bytes; lengths are not zero.
 #[derive(Debug, Clone, Copy)]
 pub enum Step {
-    /// From memory to the exchange buffer.
+    /// From memory to the exchange buffer. One instruction where one does it: 1, 2, 4 or 8 bytes.
     In { gpa: u64, len: u64 },
-    /// From the exchange buffer to memory.
+    /// From the exchange buffer to memory. Likewise.
     Out { gpa: u64, len: u64 },
     /// The byte, all over memory.
     Fill { gpa: u64, len: u64, byte: u8 },
@@ -55,8 +54,8 @@ pub trait Mode: Sized {
     /// Code that returns to the caller.
     const RETURN: &'static [u8];
 
-    /// Where it lives if nobody says.
-    fn place(vm: &KvmVm, vcpu: u64) -> Placement;
+    /// Where it lives if nobody says, on a KVM with so many slots.
+    fn place(slots: u64, vcpu: u64) -> Placement;
     /// Puts its code in place.
     fn new(support: &Support, cpu: Cpu) -> Self;
     /// The address it cannot reach any more.

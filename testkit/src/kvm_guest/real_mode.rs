@@ -1,6 +1,5 @@
 //! Real mode, for a KVM that runs nothing else: reaches the first MiB.
 
-use cvm_memory::hypervisor::kvm::KvmVm;
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 
 use super::Placement;
@@ -51,9 +50,9 @@ impl Mode for RealMode {
     /// `lret`
     const RETURN: &'static [u8] = &[0xcb];
 
-    fn place(vm: &KvmVm, vcpu: u64) -> Placement {
+    fn place(slots: u64, vcpu: u64) -> Placement {
         assert!(vcpu < 4, "the first MiB has room for four guests");
-        Placement { slot: super::high_slot(vm, vcpu), gpa: 0xe_0000 - vcpu * 0x2_0000 }
+        Placement { slot: super::high_slot(slots, vcpu), gpa: 0xe_0000 - vcpu * 0x2_0000 }
     }
 
     fn new(support: &Support, cpu: Cpu) -> Self {

@@ -1,0 +1,134 @@
+//! In what kernels are known to differ from Linux 7.3, by name. A difference is looked for once per kernel, by a probe; what
+//! the probe does not find is not allowed for.
+#![allow(unsafe_code, reason = "slots without any memory behind them are created")]
+
+use std::os::fd::{AsFd, AsRawFd};
+
+use cvm_memory::hypervisor::{Hypervisor, MemoryRegion};
+use nix::errno::Errno;
+
+use crate::observation::Observation;
+use crate::scenario::Operation;
+
+const PAGE: u64 = 4096;
+const GUEST_MEMFD: u32 = 4;
+
+/// The differences of one kernel.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Differences {
+    found: Vec<Known>,
+}
+
+/// One difference.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Known {
+    /// Before 7.2: pages of a file that are bound already are `EINVAL`, not `EEXIST`.
+    BoundPagesAreInvalid,
+    /// Before 7.2: offset and size are added as signed numbers, so that a sum beyond `i64::MAX` passes for less than the
+    /// file's size.
+    OffsetsAreSigned,
+}
+
+impl Differences {
+    /// What a kernel does differently. Creates slots and files in `vm`, and deletes them.
+    pub fn probe(vm: &dyn Hypervisor) -> Self {
+        let all = [Known::BoundPagesAreInvalid, Known::OffsetsAreSigned];
+        Self { found: all.into_iter().filter(|known| known.probe(vm)).collect() }
+    }
+
+    /// The names.
+    pub fn found(&self) -> &[Known] {
+        &self.found
+    }
+
+    /// Whether the kernel would do something there after which nothing could be compared any more.
+    pub(crate) fn avoid(&self, operation: &Operation) -> Option<&'static str> {
+        match *operation {
+            Operation::Region { size, offset, .. }
+                if self.found.contains(&Known::OffsetsAreSigned)
+                    && offset.checked_add(size).is_some_and(|end| end > i64::MAX.unsigned_abs()) =>
+            {
+                Some("this kernel takes offsets for signed numbers")
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether all saw the same, once what the first is known to do differently is allowed for. Then all are made equal to
+    /// what Linux 7.3 does, and `explained` is counted up.
+    pub(crate) fn agree(
+        &self,
+        operation: &Operation,
+        seen: &mut [(&'static str, Observation)],
+        explained: &mut u64,
+    ) -> bool {
+        let Some(((_, first), others)) = seen.split_first_mut() else { return true };
+        let Some(((_, second), rest)) = others.split_first() else { return true };
+        if !rest.iter().all(|(_, observation)| observation == second) {
+            return false;
+        }
+        if first == second {
+            return true;
+        }
+        let known = self.found.iter().any(|known| known.explains(operation, first, second));
+        if known {
+            *explained += 1;
+            *first = second.clone();
+        }
+        known
+    }
+}
+
+impl Known {
+    fn probe(self, vm: &dyn Hypervisor) -> bool {
+        let Ok(file) = vm.create_guest_memfd(PAGE, 0) else { return false };
+        let fd = file.as_fd().as_raw_fd();
+        let slot = |slot, gpa, offset| MemoryRegion {
+            slot,
+            flags: GUEST_MEMFD,
+            guest_phys_addr: gpa,
+            memory_size: PAGE,
+            userspace_addr: 0,
+            guest_memfd_offset: offset,
+            guest_memfd: fd,
+        };
+        let (one, other) = (slot(100, 1 << 32, 0), slot(101, 2 << 32, 0));
+        match self {
+            Self::BoundPagesAreInvalid => {
+                if set(vm, &one).is_err() {
+                    return false;
+                }
+                let answer = set(vm, &other);
+                for region in [one, other] {
+                    let _there_may_be_none = set(vm, &MemoryRegion { memory_size: 0, ..region });
+                }
+                answer == Err(Errno::EINVAL)
+            }
+            Self::OffsetsAreSigned => {
+                let beyond = slot(100, 1 << 32, i64::MAX.unsigned_abs() & !(PAGE - 1));
+                let accepted = set(vm, &beyond).is_ok();
+                if accepted {
+                    set(vm, &MemoryRegion { memory_size: 0, ..beyond }).expect("to delete what was created");
+                }
+                accepted
+            }
+        }
+    }
+
+    /// Whether this is why the kernel did `first` where Linux 7.3 does `second`.
+    fn explains(self, operation: &Operation, first: &Observation, second: &Observation) -> bool {
+        match (self, operation) {
+            (Self::BoundPagesAreInvalid, Operation::Region { flags, .. }) => {
+                flags & GUEST_MEMFD != 0
+                    && *first == Observation::Call(Err(Errno::EINVAL))
+                    && *second == Observation::Call(Err(Errno::EEXIST))
+            }
+            _ => false,
+        }
+    }
+}
+
+fn set(vm: &dyn Hypervisor, region: &MemoryRegion) -> Result<(), Errno> {
+    // SAFETY: nothing is mapped at the address, and no guest runs.
+    unsafe { vm.set_user_memory_region2(region) }
+}

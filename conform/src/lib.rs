@@ -1,0 +1,25 @@
+//! Is the software KVM a KVM? A [`Scenario`] is played on several [`Machine`]s, and whatever can be observed is compared
+//! after every operation.
+//!
+//! - [`Live`] is a VM behind the library's own seam: of the software KVM, or of `/dev/kvm`.
+//! - [`Reference`] interprets the kernel contract, slowly and page by page, and shares no code with either.
+//!
+//! Scenarios are plain data with a readable text form, see [`scenario`]. They come from the generator ([`random`]), from the
+//! book (`book/`), and from what was found once (`regressions/`). Where kernels are known to differ, [`differences`] says in
+//! what, by name.
+//!
+//! Not part of the library: everything here may panic where a test would.
+
+pub mod differences;
+pub mod guard;
+pub mod live;
+pub mod machine;
+pub mod observation;
+pub mod play;
+pub mod scenario;
+
+pub use live::Live;
+pub use machine::Machine;
+pub use observation::{End, Observation, Seen};
+pub use play::{Difference, Played, play};
+pub use scenario::{Operation, Scenario, Step};

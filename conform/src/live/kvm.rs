@@ -1,0 +1,38 @@
+//! A machine of `/dev/kvm`.
+
+use std::sync::Arc;
+
+use cvm_memory::hypervisor::Platform;
+use cvm_memory::hypervisor::kvm::KvmVm;
+use cvm_memory_testkit::{Guest, KvmGuest};
+use kvm_ioctls::Kvm;
+
+use super::Live;
+use crate::machine::Shape;
+use crate::scenario::Kind;
+
+impl Live {
+    /// A new VM of `/dev/kvm`; the number of its address bits is the processor's.
+    ///
+    /// # Panics
+    /// If KVM has no such VMs; see [`offered`].
+    pub fn kvm(kvm: &Kvm, kind: Kind, vcpus: u8) -> Self {
+        let platform = platform(kind).expect("a kind that KVM can have");
+        let create = || KvmVm::create(kvm, platform).expect("a VM");
+        let vm = create();
+        let guests: Vec<_> = (0..vcpus).map(|vcpu| KvmGuest::new(&vm, vcpu.into())).collect();
+        let physical_bits = guests.first().map_or(36, KvmGuest::physical_bits);
+        let shape = Shape { kind, vcpus, physical_bits };
+        let guests = guests.into_iter().map(|guest| Box::new(guest) as Box<dyn Guest>).collect();
+        Self::around("kvm", shape, Arc::new(vm), guests, &create(), true)
+    }
+}
+
+/// The platform of a kind, if the kernel has it.
+pub const fn platform(kind: Kind) -> Option<Platform> {
+    match kind {
+        Kind::Default => Some(Platform::DEFAULT),
+        Kind::Protected => Some(Platform::SOFTWARE_PROTECTED),
+        Kind::Tagged => None,
+    }
+}

@@ -1,0 +1,24 @@
+//! What scenarios are played on.
+
+use crate::observation::Observation;
+use crate::scenario::{Kind, Operation};
+
+/// A VM that takes operations and says what came of them.
+pub trait Machine {
+    /// A word for messages.
+    fn name(&self) -> &'static str;
+
+    /// Carries out one operation. Those that [`guard`](crate::guard) keeps out never come here.
+    fn play(&mut self, operation: &Operation) -> Observation;
+}
+
+/// What all machines that are compared have in common.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shape {
+    /// What VM.
+    pub kind: Kind,
+    /// With how many vCPUs, each with a guest in it.
+    pub vcpus: u8,
+    /// Address bits of the processor (MAXPHYADDR): the limit of memslots and of guests.
+    pub physical_bits: u32,
+}

@@ -4,7 +4,8 @@
 
 use std::os::fd::{AsFd, AsRawFd};
 
-use cvm_memory::hypervisor::{Hypervisor, MemoryRegion};
+use cvm_memory::hypervisor::{Cap, Exit, Hypervisor, MemoryAttributes, MemoryRegion};
+use cvm_memory_testkit::{Guest, GuestOp};
 use nix::errno::Errno;
 
 use crate::observation::Observation;
@@ -27,13 +28,23 @@ pub enum Known {
     /// Before 7.2: offset and size are added as signed numbers, so that a sum beyond `i64::MAX` passes for less than the
     /// file's size.
     OffsetsAreSigned,
+    /// A guest does not get past the instruction that makes a hypercall (seen on a KVM that runs its guests without the
+    /// processor's help).
+    NoHypercalls,
+    /// Built without memory attributes: the call itself is unknown.
+    NoAttributes,
+    /// No `KVM_CAP_PRE_FAULT_MEMORY`: built without two-dimensional paging.
+    NoPrefault,
 }
 
+const ALL: [Known; 5] =
+    [Known::BoundPagesAreInvalid, Known::OffsetsAreSigned, Known::NoHypercalls, Known::NoAttributes, Known::NoPrefault];
+
 impl Differences {
-    /// What a kernel does differently. Creates slots and files in `vm`, and deletes them.
-    pub fn probe(vm: &dyn Hypervisor) -> Self {
-        let all = [Known::BoundPagesAreInvalid, Known::OffsetsAreSigned];
-        Self { found: all.into_iter().filter(|known| known.probe(vm)).collect() }
+    /// What a kernel does differently. Creates slots and files in `vm`, and deletes them. `guest` is one of its guests, which
+    /// does not wait for long.
+    pub fn probe(vm: &dyn Hypervisor, guest: &mut dyn Guest) -> Self {
+        Self { found: ALL.into_iter().filter(|known| known.probe(vm, guest)).collect() }
     }
 
     /// The names.
@@ -49,6 +60,17 @@ impl Differences {
                     && offset.checked_add(size).is_some_and(|end| end > i64::MAX.unsigned_abs()) =>
             {
                 Some("this kernel takes offsets for signed numbers")
+            }
+            Operation::Attributes { .. } if self.found.contains(&Known::NoAttributes) => {
+                Some("this kernel has no attributes")
+            }
+            Operation::Prefault { .. } if self.found.contains(&Known::NoPrefault) => {
+                Some("this kernel does not prefault")
+            }
+            Operation::MapGpaRange { .. } | Operation::EnableCap { cap: 201, .. }
+                if self.found.contains(&Known::NoHypercalls) =>
+            {
+                Some("this kernel has no hypercalls")
             }
             _ => None,
         }
@@ -80,7 +102,7 @@ impl Differences {
 }
 
 impl Known {
-    fn probe(self, vm: &dyn Hypervisor) -> bool {
+    fn probe(self, vm: &dyn Hypervisor, guest: &mut dyn Guest) -> bool {
         let Ok(file) = vm.create_guest_memfd(PAGE, 0) else { return false };
         let fd = file.as_fd().as_raw_fd();
         let slot = |slot, gpa, offset| MemoryRegion {
@@ -103,6 +125,15 @@ impl Known {
                     let _there_may_be_none = set(vm, &MemoryRegion { memory_size: 0, ..region });
                 }
                 answer == Err(Errno::EINVAL)
+            }
+            Self::NoPrefault => vm.check_extension(Cap::PRE_FAULT_MEMORY) == 0,
+            Self::NoAttributes => {
+                let nothing = MemoryAttributes { address: 0, size: PAGE, attributes: 0, flags: 0 };
+                vm.set_memory_attributes(&nothing) == Err(Errno::ENOTTY)
+            }
+            Self::NoHypercalls => {
+                guest.start(GuestOp::Hypercall { nr: u64::MAX, args: [0; 4] });
+                !matches!(guest.run(), Ok(Exit::Halt))
             }
             Self::OffsetsAreSigned => {
                 let beyond = slot(100, 1 << 32, i64::MAX.unsigned_abs() & !(PAGE - 1));

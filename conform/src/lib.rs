@@ -16,6 +16,8 @@ pub mod live;
 pub mod machine;
 pub mod observation;
 pub mod play;
+pub mod random;
+pub mod run;
 pub mod scenario;
 
 pub use live::Live;

@@ -20,7 +20,7 @@ use nix::unistd::ftruncate;
 use crate::guard;
 use crate::machine::{Machine, Shape};
 use crate::observation::Observation;
-use crate::scenario::{Area, Descriptor, File, Hva, Operation};
+use crate::scenario::{Descriptor, File, Operation};
 use areas::Areas;
 
 /// A VM of the software KVM or of `/dev/kvm`, with guests, files and memory.
@@ -155,9 +155,4 @@ impl Machine for Live {
 fn fallocate(file: &GuestMemfd, mode: u32, offset: u64, len: u64) -> Result<(), Errno> {
     let mode = FallocateFlags::from_bits_retain(mode.cast_signed());
     file.ops().fallocate(mode, offset.cast_signed(), len.cast_signed())
-}
-
-/// Where [`Operation::Map`] puts a file.
-const fn place_of(file: File) -> Hva {
-    Hva::In(Area::File(file), 0)
 }

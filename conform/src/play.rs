@@ -6,7 +6,7 @@ use crate::differences::Differences;
 use crate::guard;
 use crate::machine::{Machine, Shape};
 use crate::observation::Observation;
-use crate::scenario::{AREA_BYTES, Area, File, Hva, Operation, Scenario};
+use crate::scenario::{AREA_BYTES, Area, Hva, Operation, Scenario};
 
 /// The first operation that the machines disagree about, or that does not come to what the scenario expects.
 #[derive(Debug)]
@@ -44,6 +44,8 @@ pub struct Played {
 ///
 /// The first machine is the one that `known` speaks of: what it does differently is expected of it.
 ///
+/// `each` is told what came of each operation that all agree about.
+///
 /// # Errors
 /// The first difference.
 pub fn play(
@@ -51,8 +53,11 @@ pub fn play(
     shape: Shape,
     machines: &mut [&mut dyn Machine],
     known: &Differences,
+    mut each: impl FnMut(&Operation, &Observation),
 ) -> Result<Played, Box<Difference>> {
     let mut played = Played::default();
+    // For what ends in a hang or a crash, and leaves nothing else behind.
+    let trace = std::env::var_os("CVM_TRACE").is_some();
     let steps = scenario.steps.iter().map(|step| (step.operation.clone(), step.expected.as_deref()));
     let reading = contents(scenario, shape).into_iter().map(|operation| (operation, None));
     for (step, (operation, expected)) in steps.chain(reading).enumerate() {
@@ -64,6 +69,9 @@ pub fn play(
         played.operations += 1;
         let mut seen: Vec<(&'static str, Observation)> = Vec::new();
         for machine in machines.iter_mut() {
+            if trace {
+                eprintln!("{:>9} {step}: {operation}", machine.name());
+            }
             seen.push((machine.name(), machine.play(&operation)));
         }
         let agreed = known.agree(&operation, &mut seen, &mut played.explained);
@@ -73,6 +81,9 @@ pub fn play(
             let mut seen: Vec<_> = seen.into_iter().map(|(name, seen)| (name, seen.to_string())).collect();
             seen.extend(expected.map(|expected| ("expected", expected.to_string())));
             return Err(Box::new(Difference { step, operation, seen }));
+        }
+        if let Some((_, observation)) = seen.first() {
+            each(&operation, observation);
         }
     }
     Ok(played)
@@ -131,6 +142,3 @@ fn contents(scenario: &Scenario, shape: Shape) -> Vec<Operation> {
 
 /// Pages of one operation that are read at the end, at most.
 const MANY: u64 = 64;
-
-/// Files that scenarios have.
-pub const FILES: [File; 4] = [File(0), File(1), File(2), File(3)];

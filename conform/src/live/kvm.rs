@@ -1,6 +1,7 @@
 //! A machine of `/dev/kvm`.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use cvm_memory::hypervisor::Platform;
 use cvm_memory::hypervisor::kvm::KvmVm;
@@ -11,6 +12,10 @@ use super::Live;
 use crate::machine::Shape;
 use crate::scenario::Kind;
 
+/// For how long one instruction may take, on a machine that is itself emulated and busy. A guest that takes longer is
+/// reported with its registers, and is a difference.
+const PATIENCE: Duration = Duration::from_secs(15);
+
 impl Live {
     /// A new VM of `/dev/kvm`; the number of its address bits is the processor's.
     ///
@@ -20,7 +25,8 @@ impl Live {
         let platform = platform(kind).expect("a kind that KVM can have");
         let create = || KvmVm::create(kvm, platform).expect("a VM");
         let vm = create();
-        let guests: Vec<_> = (0..vcpus).map(|vcpu| KvmGuest::new(&vm, vcpu.into())).collect();
+        let mut guests: Vec<_> = (0..vcpus).map(|vcpu| KvmGuest::new(&vm, vcpu.into())).collect();
+        guests.iter_mut().for_each(|guest| guest.set_patience(PATIENCE));
         let physical_bits = guests.first().map_or(36, KvmGuest::physical_bits);
         let shape = Shape { kind, vcpus, physical_bits };
         let guests = guests.into_iter().map(|guest| Box::new(guest) as Box<dyn Guest>).collect();

@@ -17,7 +17,7 @@ impl Live {
         let vm = soft_vm(shape.kind);
         vm.limit_physical_bits(shape.physical_bits);
         let guests = (0..shape.vcpus).map(|_| Box::new(SoftGuest::new(&vm)) as Box<dyn Guest>).collect();
-        let mut live = Self::around("soft", shape, Arc::new(vm), guests, &soft_vm(shape.kind), false);
+        let live = Self::around("soft", shape, Arc::new(vm), guests, &soft_vm(shape.kind), false);
         let userspace_addr = live.areas.address(Hva::In(Area::Void, 0));
         for vcpu in 0..shape.vcpus {
             // A guest of the real KVM has its code there. This one needs none, but others have to bump into it all the same.

@@ -1,0 +1,313 @@
+//! Scenarios at random, in a world that is small enough for everything in it to get in each other's way.
+//!
+//! A few files, slots and areas, two short windows of guest memory (one on both sides of a 2 MiB border), and at every field
+//! the values at which something changes: ends of ranges, unaligned by one, the limits of KVM's types. proptest makes the
+//! scenarios and shrinks those that fail.
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+use proptest::sample::select;
+
+use crate::machine::Shape;
+use crate::scenario::{Area, Descriptor, File, Hva, Kind, Operation, Scenario};
+
+const PAGE: u64 = 4096;
+/// First byte of the window in which most happens.
+const WINDOW: u64 = 0x1000_0000;
+/// Its pages.
+const WINDOW_PAGES: u64 = 24;
+/// A 2 MiB border; the other window is [`BORDER_PAGES`] to each side of it.
+const BORDER: u64 = 0x1200_0000;
+const BORDER_PAGES: u64 = 4;
+/// Slots that scenarios mostly use. What is usual of each, but for where it is, depends on its id alone, so that giving
+/// the same one again moves it, changes its flags, or does nothing.
+const SLOTS: u32 = 6;
+const FILES: u8 = 4;
+const FILE_PAGES: u64 = 12;
+
+const LOG_DIRTY: u32 = 1;
+const READONLY: u32 = 2;
+const GUEST_MEMFD: u32 = 4;
+const MMAP: u64 = 1;
+const INIT_SHARED: u64 = 2;
+const KEEP_SIZE: u32 = 1;
+const PUNCH_HOLE: u32 = 3;
+
+/// Scenarios for machines of that shape.
+pub fn scenario(shape: Shape) -> impl Strategy<Value = Scenario> {
+    let Shape { kind, vcpus, .. } = shape;
+    let files = vec(usual_file(kind), 0..=3);
+    let slots = vec(prop_oneof![2 => gmem_slot(kind), 1 => plain_slot()], 0..=3);
+    let rest = vec(operation(shape), 1..100);
+    (files, slots, rest).prop_map(move |(files, slots, rest)| Scenario {
+        kind,
+        vcpus,
+        steps: files.into_iter().chain(slots).chain(rest).map(Into::into).collect(),
+    })
+}
+
+/// One operation of whatever kind.
+fn operation(shape: Shape) -> BoxedStrategy<Operation> {
+    let Shape { kind, vcpus, physical_bits } = shape;
+    let attributes_weight = if kind == Kind::Default { 1 } else { 8 };
+    prop_oneof![
+        2 => usual_file(kind),
+        1 => any_file(),
+        1 => file().prop_map(|file| Operation::Close { file }),
+        1 => file().prop_map(|file| Operation::Map { file }),
+        4 => plain_slot(),
+        5 => gmem_slot(kind),
+        5 => (0..SLOTS).prop_map(Operation::delete),
+        2 => any_slot(physical_bits),
+        attributes_weight => attributes(),
+        6 => fallocate(),
+        1 => enable_cap(),
+        3 => prefault(vcpus),
+        2 => (hva(), select(vec![1, 8, PAGE, 2 * PAGE])).prop_map(|(at, len)| Operation::HostRead { at, len }),
+        4 => (hva(), select(vec![1, 8, PAGE, 2 * PAGE]), 1..=255_u8)
+            .prop_map(|(at, len, byte)| Operation::HostFill { at, len, byte }),
+        10 => load(vcpus, physical_bits),
+        12 => store(vcpus, physical_bits),
+        2 => (0..vcpus, address(physical_bits), any::<bool>())
+            .prop_map(|(vcpu, gpa, private)| Operation::Fetch { vcpu, gpa, private }),
+        1 => (0..vcpus, page(), 1..=4_u64, any::<bool>())
+            .prop_map(|(vcpu, gpa, pages, private)| Operation::Dump { vcpu, gpa, pages, private }),
+        2 => map_gpa_range(vcpus),
+    ]
+    .boxed()
+}
+
+fn file() -> impl Strategy<Value = File> {
+    (0..FILES).prop_map(File)
+}
+
+/// A page of the windows.
+fn page() -> impl Strategy<Value = u64> {
+    prop_oneof![
+        5 => (0..WINDOW_PAGES).prop_map(|page| WINDOW + page * PAGE),
+        2 => (0..2 * BORDER_PAGES).prop_map(|page| BORDER + page * PAGE - BORDER_PAGES * PAGE),
+    ]
+}
+
+/// Where a guest looks: often at the beginning or the end of a page, and across it.
+fn address(physical_bits: u32) -> impl Strategy<Value = u64> {
+    let offset = select(vec![0, 8, 0x7fc, 0xff8, 0xffc, 0xffe, 0xfff]);
+    let top = 1 << physical_bits.min(47);
+    prop_oneof![
+        20 => (page(), offset).prop_map(|(page, offset)| page + offset),
+        1 => select(vec![0x1000, 0xfec0_0000, 0x1_0000_0000, top - PAGE, top - 8]),
+    ]
+}
+
+fn size() -> impl Strategy<Value = u64> {
+    (1..=6_u64).prop_map(|pages| pages * PAGE)
+}
+
+fn odd_size(physical_bits: u32) -> impl Strategy<Value = u64> {
+    prop_oneof![
+        3 => size(),
+        2 => select(vec![
+            0,
+            1,
+            PAGE - 1,
+            PAGE + 1,
+            512 * PAGE,
+            ((1 << 31) - 1) * PAGE,
+            (1 << 31) * PAGE,
+            1 << physical_bits,
+            1 << 62,
+            1 << 63,
+            0_u64.wrapping_sub(PAGE),
+            u64::MAX,
+        ]),
+    ]
+}
+
+/// A file as a VMM makes them.
+fn usual_file(kind: Kind) -> impl Strategy<Value = Operation> {
+    let flags = if kind == Kind::Default {
+        select(vec![0, MMAP | INIT_SHARED, MMAP | INIT_SHARED, MMAP])
+    } else {
+        select(vec![0, 0, 0, MMAP])
+    };
+    (file(), 1..=FILE_PAGES, flags).prop_map(|(file, pages, flags)| Operation::Create {
+        file,
+        size: pages * PAGE,
+        flags,
+    })
+}
+
+fn any_file() -> impl Strategy<Value = Operation> {
+    let sizes = vec![0, 1, PAGE - 1, PAGE + 1, 3 * PAGE, 1 << 40, 1 << 62, (1 << 63) - PAGE, 1 << 63, u64::MAX];
+    let flags = prop_oneof![4 => 0..8_u64, 1 => select(vec![1 << 32, 1 << 63, u64::MAX])];
+    (file(), select(sizes), flags).prop_map(|(file, size, flags)| Operation::Create { file, size, flags })
+}
+
+fn usual_pages(slot: u32) -> u64 {
+    u64::from(slot % 4) + 1
+}
+
+fn usual_hva(slot: u32) -> Hva {
+    Hva::In(Area::Memory(0), u64::from(slot) * 8 * PAGE)
+}
+
+fn slot_flags() -> impl Strategy<Value = u32> {
+    prop_oneof![4 => Just(0), 2 => Just(LOG_DIRTY), 1 => Just(READONLY), 1 => Just(READONLY | LOG_DIRTY)]
+}
+
+/// A slot of shared memory.
+fn plain_slot() -> impl Strategy<Value = Operation> {
+    (0..SLOTS, slot_flags(), page()).prop_map(|(slot, flags, gpa)| Operation::Region {
+        slot,
+        flags,
+        gpa,
+        size: usual_pages(slot) * PAGE,
+        hva: usual_hva(slot),
+        file: Descriptor::None,
+        offset: 0,
+    })
+}
+
+/// A slot with a file.
+fn gmem_slot(kind: Kind) -> impl Strategy<Value = Operation> {
+    // A file that the process can map is to be given its own mapping.
+    let mapped = if kind == Kind::Default { 2 } else { 1 };
+    (0..SLOTS, page(), size(), file(), 0..FILE_PAGES, prop_oneof![2 => Just(false), mapped => Just(true)]).prop_map(
+        |(slot, gpa, size, file, page, mapped)| Operation::Region {
+            slot,
+            flags: GUEST_MEMFD,
+            gpa,
+            size,
+            hva: if mapped { Hva::In(Area::File(file), page * PAGE) } else { usual_hva(slot) },
+            file: Descriptor::File(file),
+            offset: page * PAGE,
+        },
+    )
+}
+
+fn hva() -> impl Strategy<Value = Hva> {
+    prop_oneof![
+        6 => (0..2_u8, 0..64_u64).prop_map(|(area, page)| Hva::In(Area::Memory(area), page * PAGE)),
+        3 => (file(), 0..FILE_PAGES).prop_map(|(file, page)| Hva::In(Area::File(file), page * PAGE)),
+    ]
+}
+
+/// A slot with anything in its fields.
+fn any_slot(physical_bits: u32) -> impl Strategy<Value = Operation> {
+    let slot = prop_oneof![
+        4 => 0..SLOTS,
+        2 => (0..SLOTS).prop_map(|slot| slot | 1 << 16),
+        1 => select(vec![32762, 32764, 32767, 0x8000, 0xffff, 2 << 16, u32::MAX]),
+    ];
+    let flags = prop_oneof![4 => 0..8_u32, 1 => select(vec![8, 16, 1 << 31, u32::MAX])];
+    let top = 1_u64 << physical_bits;
+    let gpa = prop_oneof![
+        4 => page(),
+        1 => select(vec![
+            WINDOW + 1,
+            WINDOW + 0x800,
+            top - PAGE,
+            top,
+            (1 << 52) - PAGE,
+            1 << 52,
+            1 << 63,
+            0_u64.wrapping_sub(PAGE),
+            u64::MAX,
+        ]),
+    ];
+    let hva = prop_oneof![
+        4 => hva(),
+        1 => Just(Hva::In(Area::Void, 0)),
+        1 => select(vec![1, 0x800, 0x8000_0000_0000_0000, 0xffff_ffff_ffff_f000]).prop_map(Hva::Raw),
+    ];
+    let descriptor = prop_oneof![
+        3 => file().prop_map(Descriptor::File),
+        1 => select(vec![Descriptor::None, Descriptor::Memfd, Descriptor::Foreign]),
+    ];
+    let offset = prop_oneof![
+        3 => (0..2 * FILE_PAGES).prop_map(|page| page * PAGE),
+        1 => select(vec![
+            1,
+            0x800,
+            (1 << 63) - PAGE,
+            (1 << 63) - 2 * PAGE,
+            1 << 63,
+            0_u64.wrapping_sub(PAGE),
+            0_u64.wrapping_sub(4 * PAGE),
+        ]),
+    ];
+    (slot, flags, gpa, odd_size(physical_bits), hva, descriptor, offset).prop_map(
+        |(slot, flags, gpa, size, hva, file, offset)| Operation::Region { slot, flags, gpa, size, hva, file, offset },
+    )
+}
+
+fn attributes() -> impl Strategy<Value = Operation> {
+    let usual = (page(), size(), select(vec![0, 8, 8]));
+    let large =
+        (select(vec![WINDOW, BORDER - 512 * PAGE, BORDER]), select(vec![512 * PAGE, 1024 * PAGE]), select(vec![0, 8]));
+    let odd = (
+        select(vec![WINDOW, WINDOW + 1, WINDOW + 0x800, 0_u64.wrapping_sub(PAGE), 1 << 63, u64::MAX]),
+        select(vec![0, 1, PAGE, PAGE + 1, 1 << 63, 0_u64.wrapping_sub(PAGE)]),
+        select(vec![0, 8, 1, 9, u64::MAX]),
+    );
+    let range = prop_oneof![12 => usual.boxed(), 1 => large.boxed(), 1 => odd.boxed()];
+    let flags = prop_oneof![30 => Just(0), 1 => select(vec![1, 1 << 63])];
+    (range, flags).prop_map(|((gpa, size, attributes), flags)| Operation::Attributes { gpa, size, attributes, flags })
+}
+
+fn fallocate() -> impl Strategy<Value = Operation> {
+    let mode = prop_oneof![
+        8 => Just(PUNCH_HOLE),
+        3 => Just(KEEP_SIZE),
+        1 => select(vec![0, 2, 0x08, 0x10, 0x11, 0x20, 0x40, 0x41, 0x80, 0x13, 0x43, 0x8000_0000]),
+    ];
+    let offset = prop_oneof![
+        8 => (0..=FILE_PAGES).prop_map(|page| page * PAGE),
+        1 => select(vec![1, 0x800, 1 << 40, (1 << 63) - PAGE, (1 << 63) - 1, 1 << 63, u64::MAX]),
+    ];
+    let len = prop_oneof![
+        8 => size(),
+        1 => select(vec![0, 1, PAGE + 1, 1 << 62, (1 << 63) - PAGE, (1 << 63) - 1, 1 << 63, u64::MAX]),
+    ];
+    (file(), mode, offset, len).prop_map(|(file, mode, offset, len)| Operation::Fallocate { file, mode, offset, len })
+}
+
+fn enable_cap() -> impl Strategy<Value = Operation> {
+    prop_oneof![
+        (Just(201), select(vec![0, 0x1000, 0x1000, 1, u64::MAX])),
+        (Just(204), select(vec![0, 1, 2])),
+        (Just(213), select(vec![0, 1 << 7, 1 << 7])),
+    ]
+    .prop_map(|(cap, arg)| Operation::EnableCap { cap, arg })
+}
+
+fn prefault(vcpus: u8) -> impl Strategy<Value = Operation> {
+    let usual = (page(), size(), Just(0));
+    let odd = (
+        select(vec![WINDOW, WINDOW + 1, 0_u64.wrapping_sub(PAGE)]),
+        select(vec![0, 1, PAGE, PAGE + 1, 0_u64.wrapping_sub(PAGE)]),
+        select(vec![0, 1]),
+    );
+    let range = prop_oneof![8 => usual.boxed(), 1 => odd.boxed()];
+    (0..vcpus, range).prop_map(|(vcpu, (gpa, size, flags))| Operation::Prefault { vcpu, gpa, size, flags })
+}
+
+fn load(vcpus: u8, physical_bits: u32) -> impl Strategy<Value = Operation> {
+    (0..vcpus, address(physical_bits), select(vec![1, 2, 4, 8]), any::<bool>())
+        .prop_map(|(vcpu, gpa, len, private)| Operation::Load { vcpu, gpa, len, private })
+}
+
+fn store(vcpus: u8, physical_bits: u32) -> impl Strategy<Value = Operation> {
+    (0..vcpus, address(physical_bits), select(vec![1, 2, 4, 8]), any::<u64>(), any::<bool>())
+        .prop_map(|(vcpu, gpa, len, value, private)| Operation::Store { vcpu, gpa, len, value, private })
+}
+
+fn map_gpa_range(vcpus: u8) -> impl Strategy<Value = Operation> {
+    let gpa =
+        prop_oneof![6 => page().boxed(), 1 => select(vec![WINDOW + 1, 0_u64.wrapping_sub(PAGE), u64::MAX]).boxed()];
+    let pages = prop_oneof![6 => (1..=6_u64).boxed(), 1 => select(vec![0, 1 << 52, u64::MAX]).boxed()];
+    let answer = select(vec![0, 0, 22, 11, 5, u64::MAX]);
+    (0..vcpus, gpa, pages, select(vec![0x10, 0, 0x11, 0x12, u64::MAX]), answer).prop_map(
+        |(vcpu, gpa, pages, attributes, answer)| Operation::MapGpaRange { vcpu, gpa, pages, attributes, answer },
+    )
+}

@@ -253,17 +253,17 @@ fn exercise(guest: &mut dyn Guest, gpa: u64, ram: &Ram, hole: u64) {
 
     // Where there is no slot, a read is completed by us, and a write has happened as far as the guest is concerned.
     let mut exits = Vec::new();
-    let read = guest.complete(GuestOp::Read { gpa: hole, len: 2 }, &mut |exit| match exit {
+    let read = guest.complete(GuestOp::Read { gpa: hole, len: 3 }, &mut |exit| match exit {
         Exit::Mmio(Mmio::Read { gpa, data }) => {
             exits.push((gpa, data.len()));
             data.fill(0x42);
         }
         exit => panic!("{exit:?}"),
     });
-    assert_eq!(read, Outcome::Data(vec![0x42; 2]));
-    assert_eq!(exits, [(hole, 1), (hole + 1, 1)], "byte by byte, as the guest asked");
+    assert_eq!(read, Outcome::Data(vec![0x42; 3]));
+    assert_eq!(exits, [(hole, 1), (hole + 1, 1), (hole + 2, 1)], "byte by byte, as the guest asked");
     let mut written = Vec::new();
-    let write = GuestOp::Write { gpa: hole, data: vec![1, 2] };
+    let write = GuestOp::Write { gpa: hole, data: vec![1, 2, 3] };
     assert_eq!(
         guest.complete(write, &mut |exit| match exit {
             Exit::Mmio(Mmio::Write { gpa, data }) => written.push((gpa, data.to_vec())),
@@ -271,7 +271,7 @@ fn exercise(guest: &mut dyn Guest, gpa: u64, ram: &Ram, hole: u64) {
         }),
         Outcome::Done
     );
-    assert_eq!(written, [(hole, vec![1]), (hole + 1, vec![2])]);
+    assert_eq!(written, [(hole, vec![1]), (hole + 1, vec![2]), (hole + 2, vec![3])]);
 }
 
 /// A hypercall that exits is answered by us, and one that KVM refuses is not seen.

@@ -15,14 +15,14 @@ const PAGE: u64 = 4096;
 /// First byte of the window in which most happens.
 const WINDOW: u64 = 0x1000_0000;
 /// Its pages.
-const WINDOW_PAGES: u64 = 24;
+const WINDOW_PAGES: u64 = 12;
 /// A 2 MiB border; the other window is [`BORDER_PAGES`] to each side of it.
 const BORDER: u64 = 0x1200_0000;
-const BORDER_PAGES: u64 = 4;
+const BORDER_PAGES: u64 = 2;
 /// Slots that scenarios mostly use. What is usual of each, but for where it is, depends on its id alone, so that giving
 /// the same one again moves it, changes its flags, or does nothing.
 const SLOTS: u32 = 6;
-const FILES: u8 = 4;
+const FILES: u8 = 3;
 const FILE_PAGES: u64 = 12;
 
 const LOG_DIRTY: u32 = 1;
@@ -36,14 +36,86 @@ const PUNCH_HOLE: u32 = 3;
 /// Scenarios for machines of that shape.
 pub fn scenario(shape: Shape) -> impl Strategy<Value = Scenario> {
     let Shape { kind, vcpus, .. } = shape;
-    let files = vec(usual_file(kind), 0..=3);
-    let slots = vec(prop_oneof![2 => gmem_slot(kind), 1 => plain_slot()], 0..=3);
-    let rest = vec(operation(shape), 1..100);
-    (files, slots, rest).prop_map(move |(files, slots, rest)| Scenario {
-        kind,
-        vcpus,
-        steps: files.into_iter().chain(slots).chain(rest).map(Into::into).collect(),
+    let files = vec(usual_file(kind), 0..=5);
+    let slots = vec(prop_oneof![2 => gmem_slot(kind), 1 => plain_slot()], 0..=6);
+    // Most operations are about something that is there.
+    let aim = prop_oneof![1 => Just(None), 3 => any::<u8>().prop_map(Some)];
+    let rest = vec((operation(shape), aim), 1..100);
+    (files, slots, rest).prop_map(move |(files, slots, rest)| {
+        let mut there = There::default();
+        let first = files.into_iter().chain(slots).map(|operation| (operation, None));
+        let steps = first.chain(rest).map(|(mut operation, aim)| {
+            if let Some(aim) = aim {
+                there.aim(&mut operation, usize::from(aim));
+            }
+            there.note(&operation);
+            operation.into()
+        });
+        Scenario { kind, vcpus, steps: steps.collect() }
     })
+}
+
+/// What a scenario has made so far, if all of it worked.
+#[derive(Default)]
+struct There {
+    files: Vec<File>,
+    /// Id, address, size.
+    slots: Vec<(u32, u64, u64)>,
+}
+
+impl There {
+    fn note(&mut self, operation: &Operation) {
+        match *operation {
+            Operation::Create { file, .. } => {
+                self.files.retain(|other| *other != file);
+                self.files.push(file);
+            }
+            Operation::Close { file } => self.files.retain(|other| *other != file),
+            Operation::Region { slot, size: 0, .. } => self.slots.retain(|(other, ..)| *other != slot),
+            Operation::Region { slot, gpa, size, flags, file, .. } => {
+                let overlaps = |(other, start, pages): &(u32, u64, u64)| {
+                    *other == slot || gpa < start.saturating_add(*pages) && *start < gpa.saturating_add(size)
+                };
+                let usable = match file {
+                    Descriptor::File(file) => self.files.contains(&file),
+                    _ => flags & GUEST_MEMFD == 0,
+                };
+                if usable && !self.slots.iter().any(overlaps) {
+                    self.slots.push((slot, gpa, size));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Moves an operation to a file, or to a slot or the page behind it.
+    fn aim(&self, operation: &mut Operation, at: usize) {
+        match operation {
+            Operation::Fallocate { file, .. } | Operation::Map { file } | Operation::Close { file } => {
+                if let Some(there) = self.files.get(at % self.files.len().max(1)) {
+                    *file = *there;
+                }
+            }
+            Operation::Region { slot, size: 0, .. } => {
+                if let Some((there, ..)) = self.slots.get(at % self.slots.len().max(1)) {
+                    *slot = *there;
+                }
+            }
+            Operation::Load { gpa, .. }
+            | Operation::Store { gpa, .. }
+            | Operation::Fetch { gpa, .. }
+            | Operation::Prefault { gpa, .. }
+            | Operation::Attributes { gpa, .. }
+            | Operation::MapGpaRange { gpa, .. } => {
+                if let Some((_, start, size)) = self.slots.get(at % self.slots.len().max(1))
+                    && *size <= 512 * PAGE
+                {
+                    *gpa = start.wrapping_add(*gpa / PAGE % (*size / PAGE + 1) * PAGE).wrapping_add(*gpa % PAGE);
+                }
+            }
+            _ => {}
+        }
+    }
 }
 
 /// One operation of whatever kind.
@@ -54,10 +126,10 @@ fn operation(shape: Shape) -> BoxedStrategy<Operation> {
         2 => usual_file(kind),
         1 => any_file(),
         1 => file().prop_map(|file| Operation::Close { file }),
-        1 => file().prop_map(|file| Operation::Map { file }),
+        2 => file().prop_map(|file| Operation::Map { file }),
         4 => plain_slot(),
         5 => gmem_slot(kind),
-        5 => (0..SLOTS).prop_map(Operation::delete),
+        3 => (0..SLOTS).prop_map(Operation::delete),
         2 => any_slot(physical_bits),
         attributes_weight => attributes(),
         6 => fallocate(),
@@ -100,7 +172,7 @@ fn address(physical_bits: u32) -> impl Strategy<Value = u64> {
 }
 
 fn size() -> impl Strategy<Value = u64> {
-    (1..=6_u64).prop_map(|pages| pages * PAGE)
+    (1..=5_u64).prop_map(|pages| pages * PAGE)
 }
 
 fn odd_size(physical_bits: u32) -> impl Strategy<Value = u64> {
@@ -130,7 +202,7 @@ fn usual_file(kind: Kind) -> impl Strategy<Value = Operation> {
     } else {
         select(vec![0, 0, 0, MMAP])
     };
-    (file(), 1..=FILE_PAGES, flags).prop_map(|(file, pages, flags)| Operation::Create {
+    (file(), 2..=FILE_PAGES, flags).prop_map(|(file, pages, flags)| Operation::Create {
         file,
         size: pages * PAGE,
         flags,
@@ -172,7 +244,7 @@ fn plain_slot() -> impl Strategy<Value = Operation> {
 fn gmem_slot(kind: Kind) -> impl Strategy<Value = Operation> {
     // A file that the process can map is to be given its own mapping.
     let mapped = if kind == Kind::Default { 2 } else { 1 };
-    (0..SLOTS, page(), size(), file(), 0..FILE_PAGES, prop_oneof![2 => Just(false), mapped => Just(true)]).prop_map(
+    (0..SLOTS, page(), size(), file(), 0..FILE_PAGES / 2, prop_oneof![2 => Just(false), mapped => Just(true)]).prop_map(
         |(slot, gpa, size, file, page, mapped)| Operation::Region {
             slot,
             flags: GUEST_MEMFD,

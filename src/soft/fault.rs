@@ -43,7 +43,11 @@ pub(super) enum Data<'a> {
     Fetch(&'a mut [u8]),
 }
 
-impl Data<'_> {
+impl<'a> Data<'a> {
+    pub(super) const fn of(write: bool, bytes: &'a mut [u8]) -> Self {
+        if write { Self::Write(bytes) } else { Self::Read(bytes) }
+    }
+
     pub(super) const fn kind(&self) -> AccessKind {
         match self {
             Self::Read(_) => AccessKind::Read,
@@ -53,13 +57,23 @@ impl Data<'_> {
     }
 }
 
+/// What kind of fault an access is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Missing {
+    /// Nothing is mapped, or not for this.
+    Plain,
+    /// The mapping says MMIO, of an older generation of the memslots (`PFERR_RSVD`). Such an access counts as shared even
+    /// where the attribute alone decides.
+    StaleMmio,
+}
+
 /// What the hardware made of an access.
 pub(super) enum Walk {
     /// It was carried out.
     Done,
     /// There is no mapping that allows it.
-    Fault,
-    /// The mapping says MMIO; KVM does not hear of it.
+    Fault(Missing),
+    /// The mapping says MMIO, and is right, or KVM does not hear of it.
     Mmio,
     /// The platform would not have it.
     Denied(Denied),
@@ -74,7 +88,7 @@ pub(super) struct View<'a>(pub(super) &'a Mmu);
 impl View<'_> {
     fn mapped(&self, gfn: Gfn, private: bool) -> Option<&Spte> {
         let spte = self.0.lookup(private, gfn)?;
-        (spte.private == private && !matches!(spte.target, Target::Mmio)).then_some(spte)
+        (spte.private == private && !matches!(spte.target, Target::Mmio(_))).then_some(spte)
     }
 }
 
@@ -104,35 +118,62 @@ fn copy(target: &Target, offset: u64, data: &mut Data<'_>) -> Result<(), Errno> 
         (Target::Gmem(file, page), Data::Write(bytes)) => file.write_at(*page, offset, bytes),
         (Target::Host(hva), Data::Read(bytes) | Data::Fetch(bytes)) => host::read(hva.saturating_add(offset), bytes),
         (Target::Host(hva), Data::Write(bytes)) => host::write(hva.saturating_add(offset), bytes),
-        (Target::Mmio, _) => Err(Errno::EFAULT),
+        (Target::Mmio(_), _) => Err(Errno::EFAULT),
     }
 }
 
 impl Vm {
-    /// The access as the hardware does it, `offset` bytes into the page.
-    pub(super) fn access(&self, gfn: Gfn, offset: u64, requested: bool, data: &mut Data<'_>) -> Walk {
+    /// The access as the hardware does it: all of an instruction's pieces, each so many bytes into a page, or nothing. The
+    /// number is that of the piece that could not be done.
+    pub(super) fn access(&self, pieces: &mut [(Gfn, u64, Data<'_>)], requested: bool) -> (usize, Walk) {
+        let generation = self.slots().generation(0);
         let mmu = self.mmu();
-        let Some(spte) = mmu.lookup(requested, gfn) else { return Walk::Fault };
-        if matches!(spte.target, Target::Mmio) {
-            return if requested { Walk::Denied(Denied::Exception) } else { Walk::Mmio };
+        let mut targets = Vec::with_capacity(pieces.len());
+        for (index, (gfn, _, data)) in pieces.iter().enumerate() {
+            match self.walk(&mmu, generation, *gfn, data.kind(), requested) {
+                Ok(target) => targets.push(target),
+                Err(walk) => return (index, walk),
+            }
+        }
+        for (index, (target, (_, offset, data))) in targets.into_iter().zip(pieces).enumerate() {
+            if let Err(errno) = copy(target, *offset, data) {
+                return (index, Walk::Failed(errno));
+            }
+        }
+        (0, Walk::Done)
+    }
+
+    fn walk<'a>(
+        &self,
+        mmu: &'a Mmu,
+        generation: u64,
+        gfn: Gfn,
+        kind: AccessKind,
+        requested: bool,
+    ) -> Result<&'a Target, Walk> {
+        let spte = mmu.lookup(requested, gfn).ok_or(Walk::Fault(Missing::Plain))?;
+        if let Target::Mmio(of) = spte.target {
+            return Err(match (self.arch().access_is_private(requested, false), self.arch().sticky_mmio()) {
+                (true, true) => Walk::Denied(Denied::Exception),
+                (true, false) => Walk::Fault(Missing::Plain),
+                (false, sticky) if sticky || of == generation => Walk::Mmio,
+                (false, _) => Walk::Fault(Missing::StaleMmio),
+            });
         }
         let private = self.arch().access_is_private(requested, spte.private);
-        let kind = data.kind();
         if private != spte.private || (kind == AccessKind::Write && !spte.writable) {
-            return Walk::Fault;
+            return Err(Walk::Fault(Missing::Plain));
         }
         let access = Access { gfn, kind, private, page: spte.target.gmem_page() };
-        if let Err(denied) = self.arch().check_access(&access) {
-            return Walk::Denied(denied);
-        }
-        copy(&spte.target, offset, data).map_or_else(Walk::Failed, |()| Walk::Done)
+        self.arch().check_access(&access).map_err(Walk::Denied)?;
+        Ok(&spte.target)
     }
 
     /// A fault at `gfn`. The caller is in an SRCU section, so that no slot it finds goes away under it.
-    pub(super) fn fault(&self, gfn: Gfn, kind: AccessKind, requested: bool) -> Fault {
+    pub(super) fn fault(&self, gfn: Gfn, kind: AccessKind, requested: bool, missing: Missing) -> Fault {
         let seq = self.mmu().seq();
         let attribute = self.is_private(gfn);
-        let private = self.arch().access_is_private(requested, attribute);
+        let private = self.arch().access_is_private(requested, attribute && missing != Missing::StaleMmio);
         let exit = |errno| {
             let flags = if private { MemoryFault::PRIVATE } else { 0 };
             Fault::Exit(MemoryFault { errno, flags, gpa: gfn.start_byte(), size: PAGE_SIZE })
@@ -189,11 +230,10 @@ impl Vm {
         Ok(Target::Gmem(file, page))
     }
 
-    /// `kvm_handle_noslot_fault()` for a shared access.
+    /// `kvm_handle_noslot_fault()` for a shared access: it leaves a mapping that says so.
     fn no_slot(&self, gfn: Gfn) -> Fault {
-        if self.arch().sticky_mmio() {
-            self.mmu_mut().map(gfn, Spte { target: Target::Mmio, private: false, writable: false });
-        }
+        let target = Target::Mmio(self.slots().generation(0));
+        self.mmu_mut().map(gfn, Spte { target, private: false, writable: false });
         Fault::NoSlot
     }
 }

@@ -20,15 +20,15 @@ pub(super) enum Target {
     Gmem(Arc<GmemFile>, FilePage),
     /// A page of this process, by address.
     Host(u64),
-    /// Nothing: accesses are MMIO, and KVM does not hear of them. Left by zaps of ranges.
-    Mmio,
+    /// Nothing, as of that generation of the memslots. Left by zaps of ranges.
+    Mmio(u64),
 }
 
 impl Target {
     pub(super) fn gmem_page(&self) -> Option<GmemPage> {
         match self {
             Self::Gmem(file, page) => Some(GmemPage { file: file.inode(), page: *page }),
-            Self::Host(_) | Self::Mmio => None,
+            Self::Host(_) | Self::Mmio(_) => None,
         }
     }
 }
@@ -117,7 +117,7 @@ impl Mmu {
         let mut zapped = 0_usize;
         for root in roots {
             let range = (*root, gfns.start())..(*root, gfns.end());
-            for ((_, gfn), spte) in self.sptes.extract_if(range, |_, spte| !matches!(spte.target, Target::Mmio)) {
+            for ((_, gfn), spte) in self.sptes.extract_if(range, |_, spte| !matches!(spte.target, Target::Mmio(_))) {
                 zapped = zapped.saturating_add(1);
                 removed(arch, gfn, &spte);
             }
@@ -136,7 +136,10 @@ impl Mmu {
 
     /// All mappings of memory, by root and ascending.
     pub(super) fn iter(&self) -> impl Iterator<Item = (Gfn, &Spte)> {
-        self.sptes.iter().filter(|(_, spte)| !matches!(spte.target, Target::Mmio)).map(|((_, gfn), spte)| (*gfn, spte))
+        self.sptes
+            .iter()
+            .filter(|(_, spte)| !matches!(spte.target, Target::Mmio(_)))
+            .map(|((_, gfn), spte)| (*gfn, spte))
     }
 }
 

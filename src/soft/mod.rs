@@ -26,6 +26,7 @@
 mod arch;
 pub mod attributes;
 mod counters;
+mod emulate;
 mod fault;
 mod file;
 mod gmem;

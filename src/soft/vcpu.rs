@@ -10,7 +10,8 @@ use nix::errno::Errno;
 
 use super::arch::{AccessKind, Denied, Step};
 use super::counters::Call;
-use super::fault::{Data, Fault, View, Walk};
+use super::emulate::{Emulation, Fragment};
+use super::fault::{Data, Fault, Missing, View, Walk};
 use super::ops::{GuestOp, OpResult, Running};
 use super::vm::Vm;
 use crate::addr::{Gfn, GfnRange, Gpa, PAGE_SIZE};
@@ -23,6 +24,8 @@ const GUEST_ENOSYS: u64 = (-1000_i64).cast_unsigned();
 const GUEST_EINVAL: u64 = (-22_i64).cast_unsigned();
 /// The longest piece of an emulated access.
 const MMIO_BYTES: usize = 8;
+/// Reads and writes of no more than that are one instruction; longer ones are as many as it takes.
+const INSTRUCTION_BYTES: u64 = 8;
 /// `KVM_INTERNAL_ERROR_EMULATION`.
 const EMULATION: u32 = 1;
 
@@ -31,6 +34,8 @@ const EMULATION: u32 = 1;
 enum Pending {
     Nothing,
     MmioRead(usize),
+    /// The next piece of an emulated instruction.
+    Emulation,
     /// Of this number.
     Hypercall(u64),
     /// #UD is queued.
@@ -77,6 +82,7 @@ pub struct SoftVcpu {
     interrupt: ImmediateExit,
     mmio: [u8; MMIO_BYTES],
     hypercall_ret: u64,
+    emulation: Option<Emulation>,
 }
 
 impl SoftVcpu {
@@ -91,6 +97,7 @@ impl SoftVcpu {
             interrupt: ImmediateExit(Arc::new(AtomicBool::new(false))),
             mmio: [0; MMIO_BYTES],
             hypercall_ret: 0,
+            emulation: None,
         }
     }
 
@@ -105,6 +112,7 @@ impl SoftVcpu {
         self.running = Some(Running::new(op));
         self.result = None;
         self.pending = Pending::Nothing;
+        self.emulation = None;
     }
 
     /// The result of the finished operation, once.
@@ -133,6 +141,7 @@ impl SoftVcpu {
         match pending {
             Pending::Nothing => {}
             Pending::InvalidOpcode => self.finish(OpResult::Exception),
+            Pending::Emulation => return Ok(self.emulation_step()),
             Pending::MmioRead(len) => {
                 let data = self.mmio;
                 self.absorb(data.get(..len).unwrap_or_default());
@@ -165,6 +174,15 @@ impl SoftVcpu {
         }
     }
 
+    /// Takes the bytes that end the operation.
+    fn absorb_last(&mut self, bytes: &[u8]) {
+        self.absorb(bytes);
+        if let Some(running) = &mut self.running {
+            let result = running.finish();
+            self.finish(result);
+        }
+    }
+
     fn enter(&mut self) -> Result<Stop, Errno> {
         self.vm.check_alive()?;
         if let Some(stop) = self.complete()? {
@@ -175,6 +193,9 @@ impl SoftVcpu {
         while let Some(running) = &self.running {
             self.vm.check_alive()?;
             let stop = match (&running.op, running.memory()) {
+                (GuestOp::Read { .. } | GuestOp::Write { .. }, Some((gpa, len @ 1..=INSTRUCTION_BYTES, private))) => {
+                    self.instruction_access(gpa, len, private)?
+                }
                 (_, Some((gpa, len, private))) => self.memory_step(gpa, len, private)?,
                 (GuestOp::Hypercall { nr, args }, _) => {
                     let (nr, args) = (*nr, *args);
@@ -211,12 +232,12 @@ impl SoftVcpu {
         let fetch = matches!(running.op, GuestOp::Fetch { .. });
         let output = running.output(size);
         let mut input = vec![0; if output.is_some() { 0 } else { size }];
-        let mut data = match &output {
+        let data = match &output {
             Some(bytes) => Data::Write(bytes),
             None if fetch => Data::Fetch(&mut input),
             None => Data::Read(&mut input),
         };
-        match self.touch(at, private, &mut data)? {
+        match self.touch(&mut [(at.gfn(), at.page_offset(), data)], private)? {
             Err(fault) => return Ok(Some(Stop::Fault(fault))),
             Ok(Piece::Done) if output.is_some() => self.absorb(&output.unwrap_or_default()),
             Ok(Piece::Done) => self.absorb(&input),
@@ -227,33 +248,37 @@ impl SoftVcpu {
         Ok(None)
     }
 
-    /// One access within one page, as often as it takes. The inner error is an exit.
-    fn touch(&self, at: Gpa, private: bool, data: &mut Data<'_>) -> Result<Result<Piece, MemoryFault>, Errno> {
+    /// One instruction's access, as often as it takes. The inner error is an exit.
+    fn touch(&self, pieces: &mut [(Gfn, u64, Data<'_>)], private: bool) -> Result<Result<Piece, MemoryFault>, Errno> {
         loop {
             self.interrupted()?;
-            match self.vm.access(at.gfn(), at.page_offset(), private, data) {
+            let (index, walk) = self.vm.access(pieces, private);
+            match walk {
                 Walk::Done => return Ok(Ok(Piece::Done)),
                 Walk::Mmio => return Ok(Ok(Piece::Mmio)),
                 Walk::Failed(errno) => return Err(errno),
                 Walk::Denied(Denied::Exception) => return Ok(Ok(Piece::Exception)),
                 Walk::Denied(Denied::KillVm) => self.vm.kill(),
                 Walk::Denied(Denied::Spin) => std::thread::yield_now(),
-                Walk::Fault => match self.fault(at.gfn(), data.kind(), private)? {
-                    Ok(()) => {}
-                    Err(Fault::Exit(fault)) => return Ok(Err(fault)),
-                    Err(Fault::BadAddress) => return Err(Errno::EFAULT),
-                    Err(_) => return Ok(Ok(Piece::Mmio)),
-                },
+                Walk::Fault(missing) => {
+                    let Some((gfn, _, data)) = pieces.get(index) else { return Err(Errno::EIO) };
+                    match self.fault(*gfn, data.kind(), private, missing)? {
+                        Ok(()) => {}
+                        Err(Fault::Exit(fault)) => return Ok(Err(fault)),
+                        Err(Fault::BadAddress) => return Err(Errno::EFAULT),
+                        Err(_) => return Ok(Ok(Piece::Mmio)),
+                    }
+                }
             }
             self.vm.check_alive()?;
         }
     }
 
     /// One fault; `Ok` means to access again.
-    fn fault(&self, gfn: Gfn, kind: AccessKind, private: bool) -> Result<Result<(), Fault>, Errno> {
+    fn fault(&self, gfn: Gfn, kind: AccessKind, private: bool, missing: Missing) -> Result<Result<(), Fault>, Errno> {
         let fault = {
             let _srcu = self.vm.srcu.enter();
-            self.vm.fault(gfn, kind, private)
+            self.vm.fault(gfn, kind, private, missing)
         };
         match fault {
             Fault::Mapped => Ok(Ok(())),
@@ -264,6 +289,49 @@ impl SoftVcpu {
             }
             other => Ok(Err(other)),
         }
+    }
+
+    /// A read or write by one instruction, which may cross into a second page. If either part is MMIO, KVM emulates all of it.
+    fn instruction_access(&mut self, gpa: u64, len: u64, private: bool) -> Result<Option<Stop>, Errno> {
+        let Some(running) = &self.running else { return Ok(None) };
+        let at = Gpa(gpa);
+        let first = len.min(PAGE_SIZE.saturating_sub(at.page_offset()));
+        let (size, split) = (usize::try_from(len), usize::try_from(first));
+        let (Ok(size), Ok(split), Some(last)) = (size, split, gpa.checked_add(len.saturating_sub(1))) else {
+            self.finish(OpResult::Exception);
+            return Ok(None);
+        };
+        let mut output = running.output(size);
+        let mut input = vec![0; if output.is_some() { 0 } else { size }];
+        let bytes = output.as_mut().unwrap_or(&mut input);
+        let (low, high) = bytes.split_at_mut_checked(split).ok_or(Errno::EIO)?;
+        let write = matches!(running.op, GuestOp::Write { .. });
+        let mut pieces = vec![(at.gfn(), at.page_offset(), Data::of(write, low))];
+        if !high.is_empty() {
+            pieces.push((Gpa(last).gfn(), 0, Data::of(write, high)));
+        }
+        match self.touch(&mut pieces, private)? {
+            Err(fault) => return Ok(Some(Stop::Fault(fault))),
+            Ok(Piece::Exception) => self.finish(OpResult::Exception),
+            Ok(Piece::Done) => self.absorb_last(&output.unwrap_or(input)),
+            Ok(Piece::Mmio) => {
+                self.emulation = Some(self.vm.emulate(gpa, output.as_deref(), size));
+                return Ok(self.emulation_step());
+            }
+        }
+        Ok(None)
+    }
+
+    /// Goes on with the instruction that is emulated: the next piece that userspace has to do, or its end.
+    fn emulation_step(&mut self) -> Option<Stop> {
+        let emulation = self.emulation.as_mut()?;
+        if let Some(Fragment { gpa, len, write }) = emulation.next(&mut self.mmio) {
+            self.pending = Pending::Emulation;
+            return Some(if write { Stop::MmioWrite(gpa, len) } else { Stop::MmioRead(gpa, len) });
+        }
+        let bytes = self.emulation.take()?.into_bytes();
+        self.absorb_last(&bytes);
+        None
     }
 
     /// An access that KVM emulates: a write has retired when userspace hears of it, a read waits for its data.
@@ -327,7 +395,7 @@ impl SoftVcpu {
             }
             Step::Fault { gfn, kind, private } => {
                 self.interrupted()?;
-                match self.fault(gfn, kind, private)? {
+                match self.fault(gfn, kind, private, Missing::Plain)? {
                     Ok(()) => {}
                     Err(Fault::Exit(fault)) => return Ok(Some(Stop::Fault(fault))),
                     Err(Fault::BadAddress) => return Err(Errno::EFAULT),
@@ -346,7 +414,7 @@ impl SoftVcpu {
         loop {
             self.interrupted()?;
             self.vm.check_alive()?;
-            match self.vm.fault(gfn, AccessKind::Read, self.vm.is_private(gfn)) {
+            match self.vm.fault(gfn, AccessKind::Read, self.vm.is_private(gfn), Missing::Plain) {
                 Fault::Mapped => return Ok(()),
                 Fault::Retry => std::thread::yield_now(),
                 Fault::SlotInvalid => return Err(Errno::EAGAIN),

@@ -30,6 +30,7 @@ const VENDORS: &[&str] = &["sev", "snp", "tdx", "amd", "intel", "rmp", "sept", "
 const UNSAFE: &[&str] = &[
     "src/backing/shared.rs",
     "src/gmem/residency.rs",
+    "src/hypervisor/dirty_log.rs",
     "src/hypervisor/kvm/exit.rs",
     "src/hypervisor/kvm/gmem.rs",
     "src/hypervisor/kvm/raw.rs",

@@ -57,6 +57,8 @@ caps! {
     EXIT_ON_EMULATION_FAILURE = 204, "KVM_CAP_EXIT_ON_EMULATION_FAILURE";
     /// The most bytes that a dirty ring can have, where it is read with acquire and release.
     DIRTY_LOG_RING_ACQ_REL = 223, "KVM_CAP_DIRTY_LOG_RING_ACQ_REL";
+    /// Dirty rings for writes of vCPUs and a dirty log for all others.
+    DIRTY_LOG_RING_WITH_BITMAP = 225, "KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP";
     /// `KVM_SET_USER_MEMORY_REGION2`.
     USER_MEMORY2 = 231, "KVM_CAP_USER_MEMORY2";
     /// Memory faults are described in `kvm_run`.

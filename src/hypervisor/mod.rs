@@ -7,6 +7,7 @@
 //! Mirrors `include/uapi/linux/kvm.h`; numbers and layouts come from there.
 
 mod caps;
+mod dirty_log;
 mod exit;
 pub mod kvm;
 
@@ -18,6 +19,7 @@ use nix::errno::Errno;
 use crate::gmem::GuestMemfd;
 
 pub use caps::{Cap, Capabilities, MissingCapability, VmType};
+pub use dirty_log::DirtyLog;
 pub use exit::{Exit, HypercallExit, MemoryFault, Mmio, exit_reason};
 
 /// `KVM_MEMORY_ATTRIBUTE_PRIVATE`: bit 3, the only attribute there is.
@@ -64,6 +66,26 @@ pub struct PreFaultMemory {
     pub size: u64,
     /// Must be zero.
     pub flags: u64,
+}
+
+/// Argument of `KVM_CLEAR_DIRTY_LOG`, every field free.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ClearDirtyLog<'a> {
+    /// Address space in bits 31:16, slot id in bits 15:0.
+    pub slot: u32,
+    /// First page of the slot that the bits are about; must be a multiple of 64.
+    pub first_page: u64,
+    /// Pages that they are about; must be a multiple of 64 unless they end where the slot does.
+    pub num_pages: u32,
+    /// Bit `n % 64` of word `n / 64` is page `first_page + n`. At least `num_pages` bits.
+    pub bitmap: &'a [u64],
+}
+
+impl ClearDirtyLog<'_> {
+    /// Whether the bitmap has all the bits that it should: no more than those may be read.
+    pub fn is_whole(&self) -> bool {
+        usize::try_from(self.num_pages.div_ceil(64)).is_ok_and(|words| words <= self.bitmap.len())
+    }
 }
 
 /// What a kind of VM is like, as far as the generic code has to care. Vendors describe theirs in their own crates.
@@ -139,6 +161,41 @@ pub trait Hypervisor: fmt::Debug + Send + Sync {
     /// # Errors
     /// `EINVAL`, `ENOMEM` (nothing changed), `ENOTTY` where there are no attributes.
     fn set_memory_attributes(&self, attributes: &MemoryAttributes) -> Result<(), Errno>;
+
+    /// `KVM_GET_DIRTY_LOG`: which pages of the slot were written since the log was last cleared. Unless
+    /// `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` is enabled, this clears it too, and has later writes logged again.
+    ///
+    /// Safe, because KVM cannot write beyond a [`DirtyLog`] even if the slot is longer than that.
+    ///
+    /// # Errors
+    /// `ENXIO` where dirty rings take the place of the log, `EINVAL` for an address space or an id that no VM has, `ENOENT`
+    /// for no slot or one without a log. `EFAULT` if `log` has no room for the slot: what was cleared is lost then, and the
+    /// contents of `log` mean nothing. `ENOTTY` where there are no dirty logs at all, which is what this does by default.
+    fn get_dirty_log(&self, slot: u32, log: &mut DirtyLog) -> Result<(), Errno> {
+        let _ = (slot, log);
+        Err(Errno::ENOTTY)
+    }
+
+    /// `KVM_CLEAR_DIRTY_LOG`: takes pages out of the slot's log, those with a bit in `clear.bitmap`, and has later writes to
+    /// them logged again. Needs no capability to be enabled, but makes sense only where getting the log does not clear it.
+    ///
+    /// # Errors
+    /// `EFAULT`, before anything else is looked at, if the bitmap has fewer than `num_pages` bits. `ENXIO`, then `EINVAL` for
+    /// an address space, an id or a first page that cannot be, then `ENOENT`, as for [`get_dirty_log`](Self::get_dirty_log);
+    /// `EINVAL` for pages that the slot does not have, or that end within a word other than its last. `ENOTTY` by default.
+    fn clear_dirty_log(&self, clear: &ClearDirtyLog<'_>) -> Result<(), Errno> {
+        let _ = clear;
+        Err(Errno::ENOTTY)
+    }
+
+    /// `KVM_RESET_DIRTY_RINGS`: takes back what was harvested from the dirty rings of all vCPUs, and has later writes to those
+    /// pages logged again. Returns the number of entries taken back. Only then may the pages be copied.
+    ///
+    /// # Errors
+    /// `EINVAL` if the VM has no dirty rings; `ENOTTY` by default.
+    fn reset_dirty_rings(&self) -> Result<u64, Errno> {
+        Err(Errno::ENOTTY)
+    }
 }
 
 /// The mechanisms of a vCPU fd.

@@ -9,6 +9,9 @@ pub(super) enum Call {
     SetMemoryRegion,
     SetMemoryAttributes,
     PreFaultMemory,
+    GetDirtyLog,
+    ClearDirtyLog,
+    ResetDirtyRings,
     Run,
     Allocate,
     PunchHole,
@@ -25,6 +28,12 @@ pub struct Counters {
     pub set_memory_attributes: u64,
     /// `KVM_PRE_FAULT_MEMORY`.
     pub pre_fault_memory: u64,
+    /// `KVM_GET_DIRTY_LOG`.
+    pub get_dirty_log: u64,
+    /// `KVM_CLEAR_DIRTY_LOG`.
+    pub clear_dirty_log: u64,
+    /// `KVM_RESET_DIRTY_RINGS`.
+    pub reset_dirty_rings: u64,
     /// `KVM_RUN`.
     pub run: u64,
     /// `fallocate(2)` on a guest_memfd, any mode but those that punch.
@@ -42,6 +51,9 @@ impl Counters {
             set_memory_region: self.set_memory_region.saturating_sub(earlier.set_memory_region),
             set_memory_attributes: self.set_memory_attributes.saturating_sub(earlier.set_memory_attributes),
             pre_fault_memory: self.pre_fault_memory.saturating_sub(earlier.pre_fault_memory),
+            get_dirty_log: self.get_dirty_log.saturating_sub(earlier.get_dirty_log),
+            clear_dirty_log: self.clear_dirty_log.saturating_sub(earlier.clear_dirty_log),
+            reset_dirty_rings: self.reset_dirty_rings.saturating_sub(earlier.reset_dirty_rings),
             run: self.run.saturating_sub(earlier.run),
             allocate: self.allocate.saturating_sub(earlier.allocate),
             punch_hole: self.punch_hole.saturating_sub(earlier.punch_hole),
@@ -55,6 +67,9 @@ pub(super) struct LiveCounters {
     set_memory_region: AtomicU64,
     set_memory_attributes: AtomicU64,
     pre_fault_memory: AtomicU64,
+    get_dirty_log: AtomicU64,
+    clear_dirty_log: AtomicU64,
+    reset_dirty_rings: AtomicU64,
     run: AtomicU64,
     allocate: AtomicU64,
     punch_hole: AtomicU64,
@@ -67,6 +82,9 @@ impl LiveCounters {
             Call::SetMemoryRegion => &self.set_memory_region,
             Call::SetMemoryAttributes => &self.set_memory_attributes,
             Call::PreFaultMemory => &self.pre_fault_memory,
+            Call::GetDirtyLog => &self.get_dirty_log,
+            Call::ClearDirtyLog => &self.clear_dirty_log,
+            Call::ResetDirtyRings => &self.reset_dirty_rings,
             Call::Run => &self.run,
             Call::Allocate => &self.allocate,
             Call::PunchHole => &self.punch_hole,
@@ -81,6 +99,9 @@ impl LiveCounters {
             set_memory_region: get(&self.set_memory_region),
             set_memory_attributes: get(&self.set_memory_attributes),
             pre_fault_memory: get(&self.pre_fault_memory),
+            get_dirty_log: get(&self.get_dirty_log),
+            clear_dirty_log: get(&self.clear_dirty_log),
+            reset_dirty_rings: get(&self.reset_dirty_rings),
             run: get(&self.run),
             allocate: get(&self.allocate),
             punch_hole: get(&self.punch_hole),

@@ -87,7 +87,11 @@ impl Vm {
         let Some(slot) = slot.filter(|slot| !slot.invalid) else { return false };
         let Some(hva) = slot.hva(at.gfn()).and_then(|hva| hva.checked_add(at.page_offset())) else { return false };
         if write {
-            !slot.flags.contains(SlotFlags::READONLY) && host::write(hva, bytes).is_ok()
+            let written = !slot.flags.contains(SlotFlags::READONLY) && host::write(hva, bytes).is_ok();
+            if written {
+                slot.mark_dirty(at.gfn());
+            }
+            written
         } else {
             host::read(hva, bytes).is_ok()
         }

@@ -161,7 +161,7 @@ impl Vm {
             });
         }
         let private = self.arch().access_is_private(requested, spte.private);
-        if private != spte.private || (kind == AccessKind::Write && !spte.writable) {
+        if !spte.allows(private, kind) {
             return Err(Walk::Fault(Missing::Plain));
         }
         let access = Access { gfn, kind, private, page: spte.target.gmem_page() };
@@ -211,8 +211,16 @@ impl Vm {
         if mmu.must_retry(seq, gfn) {
             return Fault::Retry;
         }
+        if mmu.lookup(private, gfn).is_some_and(|spte| spte.allows(private, kind)) {
+            // Somebody else was faster, or it is mapped ahead of use once more: `RET_PF_SPURIOUS`.
+            return Fault::Mapped;
+        }
         if let (true, Some(page)) = (private, target.gmem_page()) {
             self.arch().mapped_private(gfn, page);
+        }
+        if !readonly {
+            // Whoever can write is taken to do so, whatever kind of access this is.
+            slot.mark_dirty(gfn);
         }
         mmu.map(gfn, Spte { target, private, writable: !readonly });
         Fault::Mapped

@@ -8,13 +8,16 @@ use nix::errno::Errno;
 
 use super::SoftVm;
 use super::counters::Call;
+use super::dirty_log::{INITIALLY_SET, MANUAL_PROTECT};
 use super::file::GmemFile;
 use super::gmem::SoftGmem;
 use super::region::USER_MEM_SLOTS;
 use super::vcpu::MAP_GPA_RANGE_BIT;
 use crate::addr::PAGE_SIZE;
 use crate::gmem::{GmemFlags, GuestMemfd};
-use crate::hypervisor::{Cap, Hypervisor, MEMORY_ATTRIBUTE_PRIVATE, MemoryAttributes, MemoryRegion, Platform};
+use crate::hypervisor::{
+    Cap, ClearDirtyLog, DirtyLog, Hypervisor, MEMORY_ATTRIBUTE_PRIVATE, MemoryAttributes, MemoryRegion, Platform,
+};
 
 /// `KVM_CAP_DISABLE_QUIRKS2` and the only quirk modelled, `KVM_X86_QUIRK_SLOT_ZAP_ALL`.
 const DISABLE_QUIRKS2: Cap = Cap(213);
@@ -40,6 +43,7 @@ impl Hypervisor for SoftVm {
             Cap::NR_MEMSLOTS => u64::from(USER_MEM_SLOTS),
             Cap::READONLY_MEM => u64::from(!arch.has_protected_state()),
             Cap::MULTI_ADDRESS_SPACE => u64::from(self.vm.address_spaces()),
+            Cap::MANUAL_DIRTY_LOG_PROTECT2 => MANUAL_PROTECT | INITIALLY_SET,
             Cap::EXIT_HYPERCALL => MAP_GPA_RANGE_BIT,
             Cap::EXIT_ON_EMULATION_FAILURE
             | Cap::USER_MEMORY2
@@ -69,6 +73,7 @@ impl Hypervisor for SoftVm {
             Cap::EXIT_ON_EMULATION_FAILURE if value <= 1 => {
                 self.vm.exit_on_emulation_failure.store(value == 1, Ordering::Release);
             }
+            Cap::MANUAL_DIRTY_LOG_PROTECT2 => self.vm.set_manual_protect(value)?,
             DISABLE_QUIRKS2 if value & !QUIRK_SLOT_ZAP_ALL == 0 => {
                 self.vm.slot_zap_all_disabled.fetch_or(value != 0, Ordering::AcqRel);
             }
@@ -101,5 +106,23 @@ impl Hypervisor for SoftVm {
         self.vm.count(Call::SetMemoryAttributes);
         self.vm.check_alive()?;
         self.vm.set_attributes(attributes)
+    }
+
+    fn get_dirty_log(&self, slot: u32, log: &mut DirtyLog) -> Result<(), Errno> {
+        self.vm.count(Call::GetDirtyLog);
+        self.vm.check_alive()?;
+        self.vm.get_dirty_log(slot, log)
+    }
+
+    fn clear_dirty_log(&self, clear: &ClearDirtyLog<'_>) -> Result<(), Errno> {
+        self.vm.count(Call::ClearDirtyLog);
+        self.vm.check_alive()?;
+        self.vm.clear_dirty_log(clear)
+    }
+
+    fn reset_dirty_rings(&self) -> Result<u64, Errno> {
+        self.vm.count(Call::ResetDirtyRings);
+        self.vm.check_alive()?;
+        Err(Errno::EINVAL)
     }
 }

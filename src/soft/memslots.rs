@@ -1,6 +1,6 @@
 //! Memslots as KVM holds them, and the set of them that a vCPU looks into.
 //!
-//! A slot is immutable once published, but for its mixed-attribute flags; a change publishes another one in its place. Its
+//! A slot is immutable once published, but for its mixed-attribute flags and its dirty log; a change publishes another one in its place. Its
 //! pointer to a file leads nowhere once the file is being closed, which is how KVM's is nulled then.
 //! Mirrors `struct kvm_memory_slot` and `struct kvm_memslots` (`include/linux/kvm_host.h`).
 
@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, Weak};
 
 use super::attributes::Mixed;
+use super::dirty::DirtyBits;
 use super::file::GmemFile;
 use super::sync::lock;
 use crate::addr::{FilePage, FileRange, Gfn, GfnRange};
@@ -50,6 +51,8 @@ pub(super) struct Slot {
     pub(super) file: Option<SlotFile>,
     /// Blocks that must not be mapped by a huge page.
     pub(super) mixed: Mutex<Mixed>,
+    /// Pages written, if the slot is logged.
+    pub(super) dirty: Option<Arc<DirtyBits>>,
     /// `KVM_MEMSLOT_INVALID`: being deleted or moved. Such a slot is a copy without a file.
     pub(super) invalid: bool,
 }
@@ -64,6 +67,7 @@ impl Slot {
             userspace_addr: self.userspace_addr,
             file: None,
             mixed: Mutex::new(lock(&self.mixed).clone()),
+            dirty: self.dirty.clone(),
             invalid: true,
         }
     }
@@ -72,6 +76,13 @@ impl Slot {
     pub(super) fn hva(&self, gfn: Gfn) -> Option<u64> {
         let skip = gfn.pages_from(self.gfns.start())?;
         self.userspace_addr.checked_add(Gfn::new(skip)?.start_byte())
+    }
+
+    /// `mark_page_dirty_in_slot()`.
+    pub(super) fn mark_dirty(&self, gfn: Gfn) {
+        if let (Some(bits), Some(page)) = (&self.dirty, gfn.pages_from(self.gfns.start())) {
+            bits.set(page);
+        }
     }
 
     /// The file page behind `gfn`.

@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::arch::{Arch, GmemPage};
+use super::arch::{AccessKind, Arch, GmemPage};
 use super::attributes::Flavour;
 use super::file::GmemFile;
 use crate::addr::{FilePage, Gfn, GfnRange};
@@ -39,6 +39,15 @@ pub(super) struct Spte {
     pub(super) target: Target,
     pub(super) private: bool,
     pub(super) writable: bool,
+}
+
+impl Spte {
+    /// Whether an access of that kind needs no fault.
+    pub(super) fn allows(&self, private: bool, kind: AccessKind) -> bool {
+        private == self.private
+            && (kind != AccessKind::Write || self.writable)
+            && !matches!(self.target, Target::Mmio(_))
+    }
 }
 
 /// Page tables and invalidation state; all of it under `mmu_lock`.
@@ -123,6 +132,13 @@ impl Mmu {
             }
         }
         zapped
+    }
+
+    /// Takes the permission to write from the shared mappings of `gfns`; private memory is never logged.
+    pub(super) fn protect(&mut self, gfns: GfnRange) {
+        for (_, spte) in self.sptes.range_mut((false, gfns.start())..(false, gfns.end())) {
+            spte.writable &= spte.private;
+        }
     }
 
     /// Removes every mapping, the MMIO ones too.

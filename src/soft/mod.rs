@@ -8,8 +8,9 @@
 //!
 //! It is not an emulator: there are no instructions, no guest page tables, no interrupts, no timing, and no huge mappings (only
 //! the flags that would forbid them). MMU notifiers are not needed, since shared memory is looked up at each access. The
-//! descriptor of a guest_memfd is that of an ordinary memfd, and can be read, written and mapped as such. The dirty log is not
-//! modelled.
+//! descriptor of a guest_memfd is that of an ordinary memfd, and can be read, written and mapped as such. A fault makes
+//! a mapping as writable as its slot is, so in a slot with a dirty log a page that is read for the first time counts as dirty:
+//! KVM does the same where the process's own page is writable by then.
 //!
 //! # Locks
 //! In the order in which they may be taken:
@@ -26,6 +27,8 @@
 mod arch;
 pub mod attributes;
 mod counters;
+mod dirty;
+mod dirty_log;
 mod emulate;
 mod fault;
 mod file;
@@ -175,6 +178,14 @@ impl SoftVm {
     pub fn populate(&self, start: Gfn, pages: u64, source: Option<u64>, each: &mut FillPage<'_>) -> Result<u64, Errno> {
         self.vm.check_alive()?;
         self.vm.populate(start, pages, source, each)
+    }
+
+    /// `kvm_write_guest()`: KVM itself writes to shared memory, in no vCPU's name. The dirty log hears of it.
+    ///
+    /// # Errors
+    /// `EFAULT` where there is no slot, a read-only one, or no memory behind it; what comes before in `data` was written.
+    pub fn write_guest(&self, gpa: u64, data: &[u8]) -> Result<(), Errno> {
+        self.vm.write_guest(gpa, data)
     }
 
     /// System calls made so far.

@@ -3,8 +3,7 @@
 //! Mirrors `kvm_set_memory_region()`, `kvm_set_memslot()`, `kvm_invalidate_memslot()` (`virt/kvm/kvm_main.c`),
 //! `kvm_arch_prepare_memory_region()`, `kvm_arch_flush_shadow_memslot()` (`arch/x86/kvm/x86.c`) and `kvm_gmem_bind()`.
 //!
-//! The dirty log is not modelled yet: `LOG_DIRTY` is accepted where it is legal, and has no effect. Its bitmap belongs into
-//! the slot, is carried along by a move and dropped with the slot.
+//! The dirty log belongs to the slot: a move carries it along, and it goes with the slot or the flag.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
@@ -61,7 +60,9 @@ impl Vm {
                 self.move_slot(&old, gfns, flags)
             }
             Change::FlagsOnly(old) => {
-                self.publish(Some(&old), Some(&Arc::new(successor(&old, gfns, flags, None))));
+                let new = Arc::new(self.successor(&old, gfns, flags, None));
+                self.publish(Some(&old), Some(&new));
+                self.start_logging(&new);
                 Ok(())
             }
             Change::Create => {
@@ -132,6 +133,7 @@ impl Vm {
             userspace_addr: region.userspace_addr,
             file: bound.map(|(file, pages)| SlotFile::new(&file, pages, file.flags().contains(GmemFlags::MMAP))),
             mixed: Mutex::new(Mixed::of_slot(gfns, &self.attributes())),
+            dirty: self.log_for(gfns, flags, None),
             invalid: false,
         };
         self.publish(None, Some(&Arc::new(slot)));
@@ -179,7 +181,7 @@ impl Vm {
             return Err(errno);
         }
         let mixed = Mixed::of_slot(gfns, &self.attributes());
-        self.publish(Some(&invalid), Some(&Arc::new(successor(old, gfns, flags, Some(mixed)))));
+        self.publish(Some(&invalid), Some(&Arc::new(self.successor(old, gfns, flags, Some(mixed)))));
         Ok(())
     }
 
@@ -203,18 +205,19 @@ impl Vm {
         self.slots_mut().swap(old, new, u64::from(self.address_spaces()));
         self.srcu.synchronize();
     }
-}
 
-/// The slot that follows `old` after a move or a change of flags. Slots with a file are never changed.
-fn successor(old: &Slot, gfns: GfnRange, flags: SlotFlags, mixed: Option<Mixed>) -> Slot {
-    let mut slot = old.invalidated();
-    slot.invalid = false;
-    slot.gfns = gfns;
-    slot.flags = flags;
-    if let Some(mixed) = mixed {
-        slot.mixed = Mutex::new(mixed);
+    /// The slot that follows `old` after a move or a change of flags. Slots with a file are never changed.
+    fn successor(&self, old: &Slot, gfns: GfnRange, flags: SlotFlags, mixed: Option<Mixed>) -> Slot {
+        let mut slot = old.invalidated();
+        slot.invalid = false;
+        slot.gfns = gfns;
+        slot.flags = flags;
+        slot.dirty = self.log_for(gfns, flags, Some(old));
+        if let Some(mixed) = mixed {
+            slot.mixed = Mutex::new(mixed);
+        }
+        slot
     }
-    slot
 }
 
 /// Alignment, address limits, sums and length.

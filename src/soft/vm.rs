@@ -64,6 +64,8 @@ pub(super) struct Vm {
     pub(super) exit_hypercall: AtomicU64,
     /// `KVM_CAP_EXIT_ON_EMULATION_FAILURE`.
     pub(super) exit_on_emulation_failure: AtomicBool,
+    /// `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`.
+    pub(super) manual_protect: AtomicU64,
     /// `KVM_X86_QUIRK_SLOT_ZAP_ALL`; on unless disabled.
     pub(super) slot_zap_all_disabled: AtomicBool,
 }
@@ -92,6 +94,7 @@ impl Vm {
             physical_bits: AtomicU32::new(52),
             exit_hypercall: AtomicU64::new(0),
             exit_on_emulation_failure: AtomicBool::new(false),
+            manual_protect: AtomicU64::new(0),
             slot_zap_all_disabled: AtomicBool::new(false),
         }
     }

@@ -10,7 +10,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use cvm_memory::gmem::{FileId, GmemOps, GuestMemfd};
-use cvm_memory::hypervisor::{Cap, Hypervisor, MemoryAttributes, MemoryRegion, Platform};
+use cvm_memory::hypervisor::{Cap, ClearDirtyLog, DirtyLog, Hypervisor, MemoryAttributes, MemoryRegion, Platform};
 use nix::errno::Errno;
 use nix::fcntl::FallocateFlags;
 
@@ -35,6 +35,24 @@ pub enum Call {
     SetUserMemoryRegion2(MemoryRegion),
     /// [`Hypervisor::set_memory_attributes`].
     SetMemoryAttributes(MemoryAttributes),
+    /// [`Hypervisor::get_dirty_log`], which clears the log unless that is done by hand.
+    GetDirtyLog {
+        /// Address space and id.
+        slot: u32,
+    },
+    /// [`Hypervisor::clear_dirty_log`].
+    ClearDirtyLog {
+        /// Address space and id.
+        slot: u32,
+        /// First page of the slot.
+        first_page: u64,
+        /// Pages.
+        num_pages: u32,
+        /// Pages that were to be cleared.
+        bits: u64,
+    },
+    /// [`Hypervisor::reset_dirty_rings`].
+    ResetDirtyRings,
     /// `fallocate` on a file that the recorder created.
     Fallocate {
         /// The file, by the id of the `GuestMemfd` that the recorder gave out.
@@ -233,6 +251,21 @@ impl<H: Hypervisor> Hypervisor for Recorder<H> {
 
     fn set_memory_attributes(&self, attributes: &MemoryAttributes) -> Result<(), Errno> {
         self.shared.record(Call::SetMemoryAttributes(*attributes), || self.inner.set_memory_attributes(attributes))
+    }
+
+    fn get_dirty_log(&self, slot: u32, log: &mut DirtyLog) -> Result<(), Errno> {
+        self.shared.record(Call::GetDirtyLog { slot }, || self.inner.get_dirty_log(slot, log))
+    }
+
+    fn clear_dirty_log(&self, clear: &ClearDirtyLog<'_>) -> Result<(), Errno> {
+        let ClearDirtyLog { slot, first_page, num_pages, bitmap } = *clear;
+        let bits = bitmap.iter().map(|word| u64::from(word.count_ones())).sum();
+        let call = Call::ClearDirtyLog { slot, first_page, num_pages, bits };
+        self.shared.record(call, || self.inner.clear_dirty_log(clear))
+    }
+
+    fn reset_dirty_rings(&self) -> Result<u64, Errno> {
+        self.shared.record(Call::ResetDirtyRings, || self.inner.reset_dirty_rings())
     }
 }
 

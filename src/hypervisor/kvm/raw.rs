@@ -8,8 +8,8 @@
 use std::mem::{offset_of, size_of};
 
 use kvm_bindings::{
-    KVMIO, kvm_create_guest_memfd, kvm_enable_cap, kvm_memory_attributes, kvm_pre_fault_memory, kvm_run,
-    kvm_userspace_memory_region2,
+    KVMIO, kvm_clear_dirty_log, kvm_create_guest_memfd, kvm_dirty_gfn, kvm_dirty_log, kvm_enable_cap,
+    kvm_memory_attributes, kvm_pre_fault_memory, kvm_run, kvm_userspace_memory_region2,
 };
 use nix::{request_code_none, request_code_readwrite, request_code_write};
 
@@ -21,13 +21,31 @@ nix::ioctl_readwrite! {
     pre_fault_memory, KVM, 0xd5, kvm_pre_fault_memory
 }
 
+nix::ioctl_write_ptr! {
+    /// `KVM_GET_DIRTY_LOG`, on a VM fd.
+    get_dirty_log, KVM, 0x42, kvm_dirty_log
+}
+
+nix::ioctl_readwrite! {
+    /// `KVM_CLEAR_DIRTY_LOG`, on a VM fd.
+    clear_dirty_log, KVM, 0xc0, kvm_clear_dirty_log
+}
+
+nix::ioctl_none! {
+    /// `KVM_RESET_DIRTY_RINGS`, on a VM fd.
+    reset_dirty_rings, KVM, 0xc7
+}
+
 const _: () = {
     assert!(request_code_none!(KVM, 0x01) == 0xae01); // KVM_CREATE_VM
     assert!(request_code_none!(KVM, 0x03) == 0xae03); // KVM_CHECK_EXTENSION
     assert!(request_code_none!(KVM, 0x41) == 0xae41); // KVM_CREATE_VCPU
     assert!(request_code_write!(KVM, 0x49, size_of::<kvm_userspace_memory_region2>()) == 0x40a0_ae49);
+    assert!(request_code_write!(KVM, 0x42, size_of::<kvm_dirty_log>()) == 0x4010_ae42);
     assert!(request_code_none!(KVM, 0x80) == 0xae80); // KVM_RUN
     assert!(request_code_write!(KVM, 0xa3, size_of::<kvm_enable_cap>()) == 0x4068_aea3);
+    assert!(request_code_readwrite!(KVM, 0xc0, size_of::<kvm_clear_dirty_log>()) == 0xc018_aec0);
+    assert!(request_code_none!(KVM, 0xc7) == 0xaec7); // KVM_RESET_DIRTY_RINGS
     assert!(request_code_write!(KVM, 0xd2, size_of::<kvm_memory_attributes>()) == 0x4020_aed2);
     assert!(request_code_readwrite!(KVM, 0xd4, size_of::<kvm_create_guest_memfd>()) == 0xc040_aed4);
     assert!(request_code_readwrite!(KVM, 0xd5, size_of::<kvm_pre_fault_memory>()) == 0xc040_aed5);
@@ -56,6 +74,9 @@ layout!(kvm_create_guest_memfd, 64: 0:8 size, 8:8 flags, 16:48 reserved);
 layout!(kvm_memory_attributes, 32: 0:8 address, 8:8 size, 16:8 attributes, 24:8 flags);
 layout!(kvm_pre_fault_memory, 64: 0:8 gpa, 8:8 size, 16:8 flags, 24:40 padding);
 layout!(kvm_enable_cap, 104: 0:4 cap, 4:4 flags, 8:32 args, 40:64 pad);
+layout!(kvm_dirty_log, 16: 0:4 slot, 4:4 padding1, 8:8 __bindgen_anon_1);
+layout!(kvm_clear_dirty_log, 24: 0:4 slot, 4:4 num_pages, 8:8 first_page, 16:8 __bindgen_anon_1);
+layout!(kvm_dirty_gfn, 16: 0:4 flags, 4:4 slot, 8:8 offset);
 layout!(kvm_run, 2352: 1:1 immediate_exit, 8:4 exit_reason, 32:256 __bindgen_anon_1);
 
 /// The members of `kvm_run`'s union that this library reads.

@@ -1,18 +1,23 @@
 //! A VM fd as a [`Hypervisor`].
-#![allow(unsafe_code, reason = "a memslot lets the guest at memory that only the caller can vouch for")]
+#![allow(unsafe_code, reason = "a memslot lets the guest at memory that only the caller can vouch for; raw ioctls")]
 
 use std::ffi::c_ulong;
 use std::fmt;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-use kvm_bindings::{kvm_enable_cap, kvm_memory_attributes, kvm_userspace_memory_region2};
+use kvm_bindings::{
+    kvm_clear_dirty_log, kvm_dirty_log, kvm_enable_cap, kvm_memory_attributes, kvm_userspace_memory_region2,
+};
 use kvm_ioctls::{Kvm, VmFd};
 use nix::errno::Errno;
 
 use super::gmem::KvmGmem;
-use super::{KvmError, KvmVcpu, errno};
+use super::{KvmError, KvmVcpu, errno, raw};
 use crate::gmem::{GmemFlags, GuestMemfd};
-use crate::hypervisor::{Cap, Hypervisor, MemoryAttributes, MemoryRegion, MissingCapability, Platform, VmType};
+use crate::hypervisor::{
+    Cap, ClearDirtyLog, DirtyLog, Hypervisor, MemoryAttributes, MemoryRegion, MissingCapability, Platform, VmType,
+};
 
 /// A VM of the real KVM. Cheap to clone: the clones are one VM.
 ///
@@ -114,6 +119,32 @@ impl Hypervisor for KvmVm {
     fn set_memory_attributes(&self, attributes: &MemoryAttributes) -> Result<(), Errno> {
         let MemoryAttributes { address, size, attributes, flags } = *attributes;
         self.vm.set_memory_attributes(kvm_memory_attributes { address, size, attributes, flags }).map_err(errno)
+    }
+
+    fn get_dirty_log(&self, slot: u32, log: &mut DirtyLog) -> Result<(), Errno> {
+        let mut argument = kvm_dirty_log { slot, ..Default::default() };
+        argument.__bindgen_anon_1.dirty_bitmap = log.as_mut_ptr();
+        // SAFETY: the descriptor is a VM's. KVM writes the log of the slot to where the argument points: to words that are
+        // borrowed mutably, and if the slot has more of them, not to any other memory (see `DirtyLog`).
+        unsafe { raw::get_dirty_log(self.vm.as_raw_fd(), &raw const argument) }.map(drop)
+    }
+
+    fn clear_dirty_log(&self, clear: &ClearDirtyLog<'_>) -> Result<(), Errno> {
+        let ClearDirtyLog { slot, first_page, num_pages, bitmap } = *clear;
+        if !clear.is_whole() {
+            return Err(Errno::EFAULT);
+        }
+        let mut argument = kvm_clear_dirty_log { slot, num_pages, first_page, ..Default::default() };
+        argument.__bindgen_anon_1.dirty_bitmap = bitmap.as_ptr().cast_mut().cast();
+        // SAFETY: the descriptor is a VM's. KVM only reads where the argument points, and not more than `num_pages` bits,
+        // rounded up to a word, which have just been found to be there.
+        unsafe { raw::clear_dirty_log(self.vm.as_raw_fd(), &raw mut argument) }.map(drop)
+    }
+
+    fn reset_dirty_rings(&self) -> Result<u64, Errno> {
+        // SAFETY: the descriptor is a VM's, and there is no argument.
+        let taken = unsafe { raw::reset_dirty_rings(self.vm.as_raw_fd()) }?;
+        Ok(u64::try_from(taken).unwrap_or(0))
     }
 }
 

@@ -1,5 +1,23 @@
-//! The TDX platform of [`cvm_memory`].
+//! The TDX platform of [`cvm_memory`]: what a launcher of trust domains (TDs) needs beyond guest memory in general.
 //!
-//! This crate is for everything that the generic crate must not name: the measured build of a TD, MapGPA and a model of
-//! the secure EPT for the software KVM. It holds none of that yet: it fixes the crate's place in the workspace, so that
-//! the generic crate can be kept free of vendors from the start.
+//! | module | what it is |
+//! |---|---|
+//! | [`width`] | the shared bit, and where guest physical addresses end |
+//! | [`import`] | the list of pages that a TD starts with, checked as a whole |
+//! | [`mrtd`] | the measurement of that list |
+//!
+//! Nothing here has run on TDX hardware.
+#![cfg_attr(
+    not(test),
+    warn(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::arithmetic_side_effects,
+        clippy::indexing_slicing
+    )
+)]
+
+pub mod import;
+pub mod mrtd;
+pub mod width;

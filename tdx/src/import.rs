@@ -117,13 +117,8 @@ impl ImportList {
                 return Err(ImportError::Beyond { index, gfns, bits: width.bits() });
             }
         }
-        let mut sorted: Vec<(GfnRange, usize)> = imports.iter().map(|import| import.gfns).zip(0..).collect();
-        sorted.sort_by_key(|(gfns, _)| gfns.start());
-        for ((one, first), (other, second)) in sorted.iter().zip(sorted.iter().skip(1)) {
-            if let Some(gfns) = one.intersection(other) {
-                let (first, second) = (*first.min(second), *first.max(second));
-                return Err(ImportError::Overlap { first, second, gfns });
-            }
+        if let Some((first, second, gfns)) = overlap(imports.iter().map(|import| import.gfns)) {
+            return Err(ImportError::Overlap { first, second, gfns });
         }
         Ok(Self { imports })
     }
@@ -166,4 +161,15 @@ impl ImportList {
         }
         mrtd.finish()
     }
+}
+
+/// Two of `ranges` that overlap, by their positions in the list, and where.
+pub(crate) fn overlap(ranges: impl Iterator<Item = GfnRange>) -> Option<(usize, usize, GfnRange)> {
+    let mut sorted: Vec<(GfnRange, usize)> = ranges.zip(0..).collect();
+    sorted.sort_by_key(|(gfns, _)| gfns.start());
+    let mut neighbours = sorted.iter().zip(sorted.iter().skip(1));
+    neighbours.find_map(|((one, first), (other, second))| {
+        let gfns = one.intersection(other)?;
+        Some((*first.min(second), *first.max(second), gfns))
+    })
 }

@@ -5,6 +5,8 @@
 //! | [`width`] | the shared bit, and where guest physical addresses end |
 //! | [`import`] | the list of pages that a TD starts with, checked as a whole |
 //! | [`mrtd`] | the measurement of that list |
+//! | [`tdvf`] | what a firmware image says about how to build a TD from it |
+//! | [`hob`] | the list of memory that firmware finds |
 //!
 //! Nothing here has run on TDX hardware.
 #![cfg_attr(
@@ -18,6 +20,8 @@
     )
 )]
 
+pub mod hob;
 pub mod import;
 pub mod mrtd;
+pub mod tdvf;
 pub mod width;

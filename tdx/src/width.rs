@@ -36,7 +36,10 @@ impl Width {
 
     /// The shared bit, as a mask.
     pub const fn shared_bit(self) -> u64 {
-        1 << (self.bits() - 1)
+        match self {
+            Self::Bits48 => 1 << 47,
+            Self::Bits52 => 1 << 51,
+        }
     }
 
     /// The first frame that has no address: the shared bit as a frame number.

@@ -7,6 +7,9 @@
 //! | [`mrtd`] | the measurement of that list |
 //! | [`tdvf`] | what a firmware image says about how to build a TD from it |
 //! | [`hob`] | the list of memory that firmware finds |
+//! | [`uapi`] | structures and numbers of KVM's interface |
+//! | [`mechanism`] | the seam: one method, one command |
+//! | [`kvm`] | the real KVM behind it |
 //!
 //! Nothing here has run on TDX hardware.
 #![cfg_attr(
@@ -22,6 +25,9 @@
 
 pub mod hob;
 pub mod import;
+pub mod kvm;
+pub mod mechanism;
 pub mod mrtd;
 pub mod tdvf;
+pub mod uapi;
 pub mod width;

@@ -99,7 +99,7 @@ fn every_image_is_measured_or_refused() {
 #[test]
 fn cut_images() {
     let whole = image("trixie-OVMF.fd.xz");
-    assert!(Tdvf::parse(&whole).is_ok());
+    Tdvf::parse(&whole).unwrap();
     for cut in [1, 2, 16, 32, 48, 50, 1 << 12, 0x8_4000, whole.len() - 100, whole.len() - 1, whole.len()] {
         // What is lost at the end takes the table along; what is lost at the start, the end of some data.
         assert!(Tdvf::parse(&whole[..whole.len() - cut]).is_err(), "{cut:#x}");

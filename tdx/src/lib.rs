@@ -10,6 +10,8 @@
 //! | [`uapi`] | structures and numbers of KVM's interface |
 //! | [`mechanism`] | the seam: one method, one command |
 //! | [`kvm`] | the real KVM behind it |
+//! | [`mapgpa`] | the guest's request to share memory or take it back, piece by piece |
+//! | [`model`] | a TD on the software KVM: secure EPT, accepted pages, commands |
 //!
 //! Nothing here has run on TDX hardware.
 #![cfg_attr(
@@ -26,7 +28,9 @@
 pub mod hob;
 pub mod import;
 pub mod kvm;
+pub mod mapgpa;
 pub mod mechanism;
+pub mod model;
 pub mod mrtd;
 pub mod tdvf;
 pub mod uapi;

@@ -1,11 +1,14 @@
 //! What the tests of TDs share: a TD with memory that can run, and guests that finish what they are told.
 #![allow(dead_code, reason = "each test file uses its own part")]
+#![allow(unsafe_code, reason = "slots are made here without shared memory, or over memory that is never freed")]
 
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
 use cvm_memory::addr::{Gfn, GfnRange};
 use cvm_memory::exits::{Action, VcpuExits};
-use cvm_memory::hypervisor::{Exit, Vcpu};
+use cvm_memory::gmem::GuestMemfd;
+use cvm_memory::hypervisor::{Exit, Hypervisor, MEMORY_ATTRIBUTE_PRIVATE, MemoryAttributes, MemoryRegion, Vcpu};
 use cvm_memory::memory::CvmMemory;
 use cvm_memory::soft::{GuestOp, OpResult};
 use cvm_memory_tdx::mechanism::{InitVm, TdVcpu, TdVm};
@@ -112,6 +115,27 @@ impl Drop for Running {
             self.is_sound();
         }
     }
+}
+
+/// A slot of private memory alone: nothing is mapped at its address in this process.
+pub fn set_slot(td: &SoftTd, slot: u32, gpa: u64, size: u64, file: &GuestMemfd, offset: u64) -> Result<(), Errno> {
+    let region = MemoryRegion {
+        slot,
+        flags: 4,
+        guest_phys_addr: gpa,
+        memory_size: size,
+        userspace_addr: 0,
+        guest_memfd_offset: offset,
+        guest_memfd: file.as_fd().as_raw_fd(),
+    };
+    // SAFETY: shared accesses would go to the first pages of this process, where nothing can be mapped.
+    unsafe { td.set_user_memory_region2(&region) }
+}
+
+pub fn set_private(td: &SoftTd, gfns: GfnRange, private: bool) {
+    let attributes = if private { MEMORY_ATTRIBUTE_PRIVATE } else { 0 };
+    let (address, size) = (gfns.start_byte(), gfns.bytes());
+    td.set_memory_attributes(&MemoryAttributes { address, size, attributes, flags: 0 }).unwrap();
 }
 
 pub fn accept(gpa: u64, level: u64) -> GuestOp {

@@ -10,6 +10,7 @@
 //! | [`uapi`] | structures and numbers of KVM's interface |
 //! | [`mechanism`] | the seam: one method, one command |
 //! | [`kvm`] | the real KVM behind it |
+//! | [`launch`] | building a TD, step by step |
 //! | [`mapgpa`] | the guest's request to share memory or take it back, piece by piece |
 //! | [`model`] | a TD on the software KVM: secure EPT, accepted pages, commands |
 //!
@@ -28,6 +29,7 @@
 pub mod hob;
 pub mod import;
 pub mod kvm;
+pub mod launch;
 pub mod mapgpa;
 pub mod mechanism;
 pub mod model;

@@ -9,7 +9,7 @@ use cvm_memory::addr::{Gfn, GfnRange};
 use cvm_memory::exits::{Action, VcpuExits};
 use cvm_memory::gmem::GuestMemfd;
 use cvm_memory::hypervisor::{Exit, Hypervisor, MEMORY_ATTRIBUTE_PRIVATE, MemoryAttributes, MemoryRegion, Vcpu};
-use cvm_memory::memory::CvmMemory;
+use cvm_memory::memory::{Builder, CvmMemory};
 use cvm_memory::soft::{GuestOp, OpResult};
 use cvm_memory_tdx::mechanism::{InitVm, TdVcpu, TdVm};
 use cvm_memory_tdx::model::sept::SeptState;
@@ -49,8 +49,12 @@ pub struct Running {
 
 impl Running {
     pub fn with(init: &InitVm, ram: u64) -> Self {
+        Self::built(init, CvmMemory::builder().ram(0, ram))
+    }
+
+    pub fn built(init: &InitVm, builder: Builder) -> Self {
         let (td, vcpu) = initialised(init);
-        let memory = CvmMemory::builder().ram(0, ram).build(Arc::new(td.clone())).unwrap();
+        let memory = builder.build(Arc::new(td.clone())).unwrap();
         td.finalize().unwrap();
         let memory = Arc::new(memory);
         let exits = VcpuExits::new(Arc::clone(&memory));

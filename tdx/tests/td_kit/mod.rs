@@ -56,7 +56,11 @@ impl Running {
         let (td, vcpu) = initialised(init);
         let memory = builder.build(Arc::new(td.clone())).unwrap();
         td.finalize().unwrap();
-        let memory = Arc::new(memory);
+        Self::of(td, Arc::new(memory), vcpu)
+    }
+
+    /// A TD that somebody else has built.
+    pub fn of(td: SoftTd, memory: Arc<CvmMemory>, vcpu: SoftTdVcpu) -> Self {
         let exits = VcpuExits::new(Arc::clone(&memory));
         Self { td, memory, vcpu, exits, exits_seen: 0 }
     }

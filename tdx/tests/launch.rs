@@ -164,6 +164,14 @@ fn interrupted_and_taken_up_again() {
     assert_eq!(read(&mut vcpu.vcpu, 8 * PAGE, PAGE).unwrap(), [4; 4096]);
 }
 
+/// A machine that is busy for long is not one that is stuck.
+#[test]
+fn many_interruptions_in_a_row() {
+    let (vcpus, memory) = begun(&[(0, Errno::EINTR); 900], None);
+    let complete = vcpus.image(list(vec![import(0, 2, true, 1)]), &memory).unwrap().add_all().unwrap();
+    assert_eq!(complete.finalize().unwrap().vcpus[0].calls, 901);
+}
+
 #[test]
 fn the_caller_may_stop_it_and_go_on() {
     let imports = || list(vec![import(0, 700, true, 1), import(1000, 5, true, 2)]);

@@ -306,7 +306,8 @@ impl Arch for TdArch {
         }
     }
 
-    /// The lock under which this is called keeps every vCPU out of the guest, as the kick does that follows a track.
+    /// The lock under which this is called keeps every vCPU out of the guest, as the kick does that follows a track. What is
+    /// left in the page is of no use to anybody: the guest gets to it only by accepting it, which zeroes it.
     fn zapped_private(&self, gfn: Gfn, _page: GmemPage) -> bool {
         let mut state = self.lock();
         let result = state.sept.block(gfn);
@@ -314,7 +315,7 @@ impl Arch for TdArch {
         state.sept.track();
         let result = state.sept.remove(gfn);
         state.expect(result);
-        false
+        true
     }
 
     /// A page that leaves its file while the TD still has it would be a hole in the TD's isolation.

@@ -47,6 +47,11 @@ fn cpuid_table<const N: usize>(entries: &[kvm_cpuid_entry2]) -> Result<Cpuid<N>,
     Ok(table)
 }
 
+/// A table for the kernel to fill.
+fn empty_table<const N: usize>() -> Cpuid<N> {
+    Cpuid { nent: u32::try_from(N).unwrap_or(u32::MAX), padding: 0, entries: [kvm_cpuid_entry2::default(); N] }
+}
+
 /// A register as the kernel has it: six words in memory order.
 fn words(bytes: &[u8; 48]) -> [u64; 6] {
     let mut words = [0; 6];
@@ -66,16 +71,14 @@ impl TdVm for KvmVm {
             kernel_tdvmcallinfo_1_r12: 0,
             user_tdvmcallinfo_1_r12: 0,
             reserved: [0; 250],
-            cpuid: cpuid_table(&[])?,
+            cpuid: empty_table(),
         });
-        argument.cpuid.nent = u32::try_from(ROOM_FOR_CPUID).unwrap_or(u32::MAX);
         // SAFETY: KVM_TDX_CAPABILITIES fills a kvm_tdx_capabilities with as many entries as it says it has room for.
         unsafe { command(self.vm(), CommandId::Capabilities, 0, address(argument.as_mut())) }?;
-        let entries = usize::try_from(argument.cpuid.nent).unwrap_or(usize::MAX);
         Ok(Capabilities {
             attributes: argument.supported_attrs,
             xfam: argument.supported_xfam,
-            cpuid: argument.cpuid.entries.iter().take(entries).copied().collect(),
+            cpuid: argument.cpuid.used().to_vec(),
         })
     }
 
@@ -110,6 +113,13 @@ impl TdVcpu for KvmVcpu {
         // SAFETY: KVM_TDX_INIT_MEM_REGION takes a kvm_tdx_init_mem_region and writes it back. What that points to is only
         // read, by way of this process's page tables, so that a bad address is EFAULT.
         unsafe { command(self.fd(), CommandId::InitMemRegion, flags, address(region)) }
+    }
+
+    fn td_cpuid(&mut self) -> Result<Vec<kvm_cpuid_entry2>, Failure> {
+        let mut argument = Box::new(empty_table::<ROOM_FOR_CPUID>());
+        // SAFETY: KVM_TDX_GET_CPUID fills a kvm_cpuid2 with as many entries as it says it has room for.
+        unsafe { command(self.fd(), CommandId::GetCpuid, 0, address(argument.as_mut())) }?;
+        Ok(argument.used().to_vec())
     }
 }
 

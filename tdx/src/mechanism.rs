@@ -145,4 +145,10 @@ pub trait TdVcpu: Vcpu {
     /// without a file, or that is not private; `EINTR` and `EAGAIN` ask for another call; `EIO` for a page that was added
     /// before; `EFAULT`, `ENOMEM`.
     fn init_mem_region(&mut self, region: &mut InitMemRegion, measure: bool) -> Result<(), Failure>;
+
+    /// `KVM_TDX_GET_CPUID`: what this vCPU is going to see of CPUID, for `KVM_SET_CPUID2`.
+    ///
+    /// # Errors
+    /// `EINVAL` before `KVM_TDX_INIT_VCPU` and after `KVM_TDX_FINALIZE_VM`; `E2BIG` for more entries than there is room for.
+    fn td_cpuid(&mut self) -> Result<Vec<kvm_cpuid_entry2>, Failure>;
 }

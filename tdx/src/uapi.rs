@@ -81,6 +81,14 @@ pub struct Cpuid<const N: usize> {
     pub entries: [kvm_cpuid_entry2; N],
 }
 
+impl<const N: usize> Cpuid<N> {
+    /// The entries that count.
+    pub fn used(&self) -> &[kvm_cpuid_entry2] {
+        let nent = usize::try_from(self.nent).unwrap_or(usize::MAX);
+        self.entries.get(..nent).unwrap_or(&self.entries)
+    }
+}
+
 /// `struct kvm_tdx_capabilities`.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]

@@ -24,6 +24,7 @@ use cvm_memory_tdx::mrtd::{Measurement, Order};
 use cvm_memory_tdx::tdvf::Tdvf;
 use cvm_memory_tdx::uapi::InitMemRegion;
 use cvm_memory_tdx::width::Width;
+use kvm_bindings::kvm_cpuid_entry2;
 use nix::errno::Errno;
 use proptest::prelude::*;
 use td_kit::*;
@@ -57,6 +58,10 @@ impl Vcpu for Balky {
 impl TdVcpu for Balky {
     fn init_vcpu(&mut self, rcx: u64) -> Result<(), Failure> {
         self.vcpu.init_vcpu(rcx)
+    }
+
+    fn td_cpuid(&mut self) -> Result<Vec<kvm_cpuid_entry2>, Failure> {
+        self.vcpu.td_cpuid()
     }
 
     fn init_mem_region(&mut self, region: &mut InitMemRegion, measure: bool) -> Result<(), Failure> {
@@ -243,6 +248,10 @@ fn progress_that_is_none() {
     impl TdVcpu for Liar {
         fn init_vcpu(&mut self, rcx: u64) -> Result<(), Failure> {
             self.0.init_vcpu(rcx)
+        }
+
+        fn td_cpuid(&mut self) -> Result<Vec<kvm_cpuid_entry2>, Failure> {
+            self.0.td_cpuid()
         }
 
         fn init_mem_region(&mut self, region: &mut InitMemRegion, _measure: bool) -> Result<(), Failure> {

@@ -59,6 +59,8 @@ fn a_vcpu_has_to_be_ready() {
     assert_eq!(ready.first_rcx(), Some(0x1234));
     assert_eq!(errno(ready.init_vcpu(0)), Err(Errno::EINVAL));
     assert_eq!(ready.run().map(drop), Err(Errno::EINVAL));
+    assert_eq!(ready.td_cpuid().unwrap()[0].eax >> 16, 48);
+    assert_eq!(not.td_cpuid().map_err(|failure| failure.errno), Err(Errno::EINVAL));
     assert_eq!(prefault(&mut ready), Err(Errno::EOPNOTSUPP));
     assert_eq!(errno(td.finalize()), Ok(()));
     assert_eq!(errno(td.finalize()), Err(Errno::EINVAL));

@@ -4,6 +4,8 @@
 mod td_kit;
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
 
 use cvm_memory::addr::{FilePage, FileRange, Gfn, GfnRange};
 use cvm_memory::gmem::GuestMemfd;
@@ -196,6 +198,71 @@ impl World {
 
 fn fault(page: u64) -> MemoryFault {
     MemoryFault { errno: Errno::EFAULT, flags: MemoryFault::PRIVATE, gpa: page * PAGE, size: PAGE }
+}
+
+/// vCPUs accept and prefault what the host converts meanwhile, again and again: whoever wins, every command finds what it
+/// needs.
+#[test]
+fn races_are_won_by_somebody() {
+    let World { td, vcpu, file, .. } = World::new();
+    let other = td.vm().create_vcpu();
+    let (stop, met) = (AtomicBool::new(false), AtomicU64::new(0));
+    let may_fail = |result: Result<Exit<'_>, Errno>| match result {
+        Ok(Exit::Halt | Exit::MemoryFault(_)) => {}
+        other => panic!("{other:?}"),
+    };
+    thread::scope(|scope| {
+        let (stop, met, may_fail) = (&stop, &met, &may_fail);
+        scope.spawn(move || {
+            let mut vcpu = vcpu;
+            for round in 0.. {
+                vcpu.start(accept(round % 16 * PAGE, 0));
+                may_fail(vcpu.run());
+                if vcpu.take_result() == Some(OpResult::Instruction(accepted::SUCCESS)) {
+                    met.fetch_add(1, Ordering::Relaxed);
+                }
+                if stop.load(Ordering::Relaxed) {
+                    break;
+                }
+            }
+        });
+        scope.spawn(move || {
+            let mut vcpu = other;
+            for round in 0.. {
+                vcpu.start(accept((15 - round % 16) * PAGE, 0));
+                may_fail(vcpu.run());
+                let mut range = PreFaultMemory { gpa: round % 13 * PAGE, size: 3 * PAGE, flags: 0 };
+                let _may_fail = vcpu.pre_fault_memory(&mut range);
+                if stop.load(Ordering::Relaxed) {
+                    break;
+                }
+            }
+        });
+        // As long as it takes until the guest was served often enough to have met with every change.
+        for round in 0_u64.. {
+            if round >= 2000 && met.load(Ordering::Relaxed) >= 200 {
+                break;
+            }
+            let start = round * 7 % 13;
+            match round % 5 {
+                0 => file.punch_hole(FileRange::with_len(FilePage::new(start).unwrap(), 3).unwrap()).unwrap(),
+                1 if round % 50 == 1 => {
+                    set_slot(&td, 0, 0, 0, &file, 0).unwrap();
+                    set_slot(&td, 0, 0, SLOT * PAGE, &file, SLOT * PAGE).unwrap();
+                }
+                _ => set_private(&td, gfns(start, start + 3), round % 2 == 0),
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    let arch = td.arch().clone();
+    drop((td, file));
+    assert_eq!(arch.bugs(), []);
+    assert_eq!(arch.death(), None);
+    let log = arch.with_sept(Sept::take_log);
+    audit(&log);
+    let removed = log.iter().filter(|command| matches!(command, Command::Remove(_))).count();
+    assert!(removed >= 200, "{removed}: what was accepted is gone");
 }
 
 /// Reads the commands as they were issued: what is accessible was added or accepted, what goes was blocked and tracked first.

@@ -15,6 +15,7 @@ use cvm_memory::addr::{Gfn, GfnRange, Gpa, PAGE_SIZE};
 use cvm_memory::gmem::GuestMemfd;
 use cvm_memory::hypervisor::{Cap, Exit, Hypervisor, MemoryAttributes, MemoryRegion, Platform, PreFaultMemory, Vcpu};
 use cvm_memory::soft::{GuestOp, ImmediateExit, OpResult, SoftVcpu, SoftVm};
+use kvm_bindings::kvm_cpuid_entry2;
 use nix::errno::Errno;
 
 use crate::mechanism::{Capabilities, Failure, InitVm, TdVcpu, TdVm};
@@ -275,5 +276,14 @@ impl TdVcpu for SoftTdVcpu {
             region.nr_pages = region.nr_pages.saturating_sub(1);
         }
         Ok(())
+    }
+
+    fn td_cpuid(&mut self) -> Result<Vec<kvm_cpuid_entry2>, Failure> {
+        match self.arch.width() {
+            Some(width) if self.initialised.is_some() && !self.arch.with_sept(|sept| sept.is_finalized()) => {
+                Ok(InitVm::new(width).cpuid)
+            }
+            _ => Err(Failure::errno(Errno::EINVAL)),
+        }
     }
 }

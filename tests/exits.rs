@@ -173,6 +173,27 @@ fn try_again_is_said_only_to_who_would() {
 }
 
 #[test]
+fn a_budget_makes_guests_ask_again_that_would() {
+    for (vm, retries) in [(SoftVm::tagged(), true), (SoftVm::with_arch(Arc::new(Impatient)), false)] {
+        let mut machine = machine_of(vm, |builder| builder.initial(State::Shared));
+        let options = ExitOptions { budget: Some(32), ..ExitOptions::default() };
+        machine.exits = VcpuExits::with_options(Arc::clone(&machine.memory), options);
+        let again = if retries { EAGAIN } else { 0 };
+        // The first is carried out whatever its size, the next one only on a second try.
+        assert_eq!(machine.ask([0, 64, 0x10, 0]), 0);
+        assert_eq!(machine.ask([0x10_0000, 16, 0x10, 0]), again);
+        assert_eq!(machine.state(0x100), Some(State::from_private(!retries)));
+        assert_eq!(machine.ask([0x10_0000, 16, 0x10, 0]), 0);
+        // Requests that leave nothing to do cost nothing.
+        assert_eq!(machine.ask([0, 64, 0x10, 0]), again);
+        assert_eq!(machine.ask([0, 64, 0x10, 0]), 0);
+        assert_eq!(machine.ask([0, 64, 0x10, 0]), 0);
+        assert_eq!(machine.ask([0x20_0000, 32, 0x10, 0]), 0);
+        assert_eq!(machine.ask([0x30_0000, 1, 0x10, 0]), again);
+    }
+}
+
+#[test]
 fn a_touch_converts_the_page_both_ways() {
     let mut machine = tagged();
     // Shared access to memory that is private in KVM.

@@ -16,6 +16,9 @@ pub struct Args {
     /// The kind of VM of the software KVM.
     #[arg(long, value_enum, default_value_t = SoftVmKind::Tagged)]
     pub soft_vm: SoftVmKind,
+    /// A platform of its own, on its model, in place of --soft-vm.
+    #[arg(long, value_enum)]
+    pub platform: Option<PlatformChoice>,
     /// Guest memory in bytes, with an optional suffix K, M, G or T.
     #[arg(long, default_value = "64M", value_parser = bytes)]
     pub memory: u64,
@@ -67,6 +70,12 @@ pub enum SoftVmKind {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PlatformChoice {
+    /// A trust domain: pages have to be accepted, and lose what they held when they are shared.
+    Tdx,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Workload {
     /// Like a Linux guest: a bounce buffer shared in 2 MiB requests, then scattered pages, some asked for again.
     Boot,
@@ -109,6 +118,9 @@ impl Args {
 
     /// Whether there is a page for everybody.
     fn check(&self) -> Result<(), String> {
+        if self.platform.is_some() && self.backend == BackendChoice::Kvm {
+            return Err("--platform: there are models of platforms, and they run on the software KVM".into());
+        }
         let needed = u64::from(self.slots).max(8 * (u64::from(self.vcpus) + 1)) * PAGE_SIZE;
         if self.memory < needed {
             let Self { memory, slots, vcpus, .. } = self;

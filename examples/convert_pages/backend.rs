@@ -7,20 +7,27 @@ use cvm_memory::addr::GfnRange;
 use cvm_memory::hypervisor::kvm::KvmVm;
 use cvm_memory::hypervisor::{Cap, Capabilities, Hypervisor, MEMORY_ATTRIBUTE_PRIVATE, Platform};
 use cvm_memory::soft::SoftVm;
+use cvm_memory_tdx::mechanism::TdVm;
+use cvm_memory_tdx::model::SoftTd;
 use cvm_memory_testkit::{Guest, KvmGuest, SoftGuest};
 use kvm_ioctls::Kvm;
 
 use crate::Failure;
-use crate::args::{Args, BackendChoice, SoftVmKind};
+use crate::args::{Args, BackendChoice, PlatformChoice, SoftVmKind};
+use crate::td::{self, TdGuest};
 
 pub enum Backend {
     Soft(SoftVm),
+    Td(SoftTd),
     Kvm(KvmVm),
 }
 
 impl Backend {
     /// Makes a VM of the kind asked for, and says which on stderr if that was left open.
     pub fn new(args: &Args) -> Result<Self, Failure> {
+        if let Some(PlatformChoice::Tdx) = args.platform {
+            return Ok(Self::Td(td::new()?));
+        }
         match args.backend {
             BackendChoice::Soft => Ok(Self::soft(args)),
             BackendChoice::Kvm => Ok(Self::Kvm(private_kvm()?)),
@@ -46,7 +53,7 @@ impl Backend {
 
     pub const fn name(&self) -> &'static str {
         match self {
-            Self::Soft(_) => "soft",
+            Self::Soft(_) | Self::Td(_) => "soft",
             Self::Kvm(_) => "kvm",
         }
     }
@@ -54,6 +61,7 @@ impl Backend {
     pub fn vm(&self) -> Arc<dyn Hypervisor> {
         match self {
             Self::Soft(vm) => Arc::new(vm.clone()),
+            Self::Td(td) => Arc::new(td.clone()),
             Self::Kvm(vm) => Arc::new(vm.clone()),
         }
     }
@@ -62,14 +70,29 @@ impl Backend {
     pub fn guest(&self, id: u64) -> Box<dyn Guest> {
         match self {
             Self::Soft(vm) => Box::new(SoftGuest::new(vm)),
+            Self::Td(td) => Box::new(TdGuest::new(td)),
             Self::Kvm(vm) => Box::new(KvmGuest::new(vm, id)),
         }
+    }
+
+    /// All vCPUs and all memory are there: the guest may run.
+    pub fn finalize(&self) -> Result<(), Failure> {
+        match self {
+            Self::Td(td) => Ok(td.finalize()?),
+            Self::Soft(_) | Self::Kvm(_) => Ok(()),
+        }
+    }
+
+    /// Whether what a private page held outlasts its being shared, as long as nobody frees it.
+    pub const fn private_contents_survive(&self) -> bool {
+        !matches!(self, Self::Td(_))
     }
 
     /// All frames whose attribute is private, where that can be asked. KVM has no such question.
     pub fn private_gfns(&self) -> Option<Vec<GfnRange>> {
         match self {
             Self::Soft(vm) => Some(vm.private_gfns()),
+            Self::Td(td) => Some(td.vm().private_gfns()),
             Self::Kvm(_) => None,
         }
     }

@@ -16,6 +16,7 @@ mod devices;
 mod model;
 mod ram;
 mod report;
+mod td;
 mod worker;
 mod workload;
 
@@ -69,6 +70,7 @@ fn run(args: &Args) -> Result<Report, Failure> {
     memory.add_listener(&listener)?;
     let mut workers =
         worker::crew(args, &Surroundings { backend: &backend, memory: &memory, ram: &ram, devices: &devices })?;
+    backend.finalize()?;
     if args.prefault {
         let mut vcpus: Vec<&mut dyn Vcpu> = workers.iter_mut().map(|worker| worker.cpu.vcpu()).collect();
         let options = PrefaultOptions::default();

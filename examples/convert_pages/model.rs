@@ -43,17 +43,23 @@ impl Page {
     }
 }
 
+/// Which side of a page keeps its contents while the other one is in use.
+#[derive(Debug, Clone, Copy)]
+pub struct Keeps {
+    pub private: bool,
+    pub shared: bool,
+}
+
 /// The pages of one area.
 pub struct Model {
     pages: Vec<Page>,
-    /// The side of a page that lost keeps its contents.
-    pub keeps: bool,
+    keeps: Keeps,
     seed: u64,
     last: Stamp,
 }
 
 impl Model {
-    pub fn new(pages: impl Iterator<Item = Page>, keeps: bool, seed: u64) -> Self {
+    pub fn new(pages: impl Iterator<Item = Page>, keeps: Keeps, seed: u64) -> Self {
         Self { pages: pages.collect(), keeps, seed, last: ZEROS }
     }
 
@@ -61,11 +67,20 @@ impl Model {
         self.pages[number]
     }
 
+    /// Whether what a side held comes back with it.
+    pub const fn keeps(&self, side: State) -> bool {
+        match side {
+            State::Private => self.keeps.private,
+            State::Shared => self.keeps.shared,
+        }
+    }
+
     /// The pages have been converted: those that changed are fresh, unless nothing is ever freed.
     pub fn turn(&mut self, window: &Window, to: State) {
+        let keeps = self.keeps(to);
         for (number, _) in window.pages() {
             let page = &mut self.pages[number];
-            if page.state != to && !self.keeps {
+            if page.state != to && !keeps {
                 *page.side_mut(to) = ZEROS;
             }
             page.state = to;

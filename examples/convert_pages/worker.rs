@@ -16,7 +16,7 @@ use indicatif::ProgressBar;
 use crate::args::{Args, Discard};
 use crate::backend::{Backend, chain};
 use crate::devices::Devices;
-use crate::model::{Model, Page, UNKNOWN, ZEROS};
+use crate::model::{Keeps, Model, Page, UNKNOWN, ZEROS};
 use crate::ram::{Area, Ram, Window};
 use crate::workload::{Rng, Script};
 use crate::{Cpu, Failure};
@@ -69,6 +69,8 @@ pub fn crew<'a>(args: &Args, around: &Surroundings<'a>) -> Result<Vec<Worker<'a>
     sizes.push(common);
     let mut areas = ram.cut(&sizes);
     let common = areas.pop().ok_or("no memory")?;
+    let shared = args.discard == Discard::Never;
+    let keeps = Keeps { private: shared && backend.private_contents_survive(), shared };
     (0..)
         .zip(areas)
         .map(|(id, area)| {
@@ -89,7 +91,7 @@ pub fn crew<'a>(args: &Args, around: &Surroundings<'a>) -> Result<Vec<Worker<'a>
                 around: *around,
                 discard: args.discard,
                 requests: share(id, args.requests),
-                model: Model::new(pages, args.discard == Discard::Never, seed),
+                model: Model::new(pages, keeps, seed),
                 script: Script::new(args.workload, area.pages(), Rng::new(seed)),
                 area,
                 common: common.clone(),
@@ -140,7 +142,7 @@ impl Worker<'_> {
                 State::Private => self.look_at_private(&piece)?,
             }
         }
-        if self.model.keeps {
+        if self.model.keeps(to) {
             let came_back =
                 window.pages().zip(before).filter(|((_, _), page)| page.state != to && page.side(to) != ZEROS);
             self.stale += came_back.count() as u64;
@@ -342,7 +344,8 @@ impl Worker<'_> {
             let state = self.around.memory.state(gfn).unwrap_or(State::Shared);
             Page { state, private: UNKNOWN, shared: UNKNOWN }
         };
-        self.model = Model::new(all.iter().flat_map(Window::pages).map(|(_, gfn)| found(gfn)), true, 0);
+        let keeps = Keeps { private: true, shared: true };
+        self.model = Model::new(all.iter().flat_map(Window::pages).map(|(_, gfn)| found(gfn)), keeps, 0);
         self.area = area;
     }
 }

@@ -64,6 +64,8 @@ pub enum Handled {
     Unchanged,
     /// The guest was told that its request failed, and that nothing has changed.
     Refused,
+    /// The guest was told to ask again: it has had its [budget](ExitOptions::budget) of conversions for now.
+    Postponed,
 }
 
 /// What a guest did that cannot be resolved.
@@ -111,11 +113,15 @@ pub struct ExitOptions {
     pub implicit_conversion: bool,
     /// How often one vCPU may come back with an identical fault that left nothing to resolve.
     pub repeats: u32,
+    /// Pages that one vCPU may have converted by its requests before it is told to ask again, and can look after its
+    /// interrupts meanwhile. A request that comes first is carried out whatever its size. Without effect where a guest would
+    /// take that answer for an error.
+    pub budget: Option<u64>,
 }
 
 impl Default for ExitOptions {
     fn default() -> Self {
-        Self { implicit_conversion: true, repeats: 64 }
+        Self { implicit_conversion: true, repeats: 64, budget: None }
     }
 }
 
@@ -153,6 +159,8 @@ pub struct VcpuExits {
     options: ExitOptions,
     last: Option<MemoryFault>,
     repeated: u32,
+    /// Pages that requests have converted since the guest was last told to ask again.
+    spent: u64,
     log: RateLimit,
 }
 
@@ -164,7 +172,7 @@ impl VcpuExits {
 
     /// With other options than the default ones.
     pub fn with_options(memory: Arc<CvmMemory>, options: ExitOptions) -> Self {
-        Self { memory, options, last: None, repeated: 0, log: RateLimit::default() }
+        Self { memory, options, last: None, repeated: 0, spent: 0, log: RateLimit::default() }
     }
 
     /// Handles one exit.
@@ -185,12 +193,20 @@ impl VcpuExits {
         let Some(request) = Request::from_hypercall(exit) else { return Action::NotOurs };
         self.forget();
         let result = match request {
+            Ok(request) if self.is_over_budget(&request) => {
+                self.spent = 0;
+                *exit.ret = self.errno(true);
+                return Action::Resume(Handled::Postponed);
+            }
             Ok(request) => self.memory.convert(&request).map_err(Refused::from),
             Err(error) => Err(Refused::from(error)),
         };
         let (answer, action) = match result {
             Ok(Outcome::Unchanged) => (0, Action::Resume(Handled::Unchanged)),
-            Ok(Outcome::Converted { pages }) => (0, Action::Resume(Handled::Converted { pages })),
+            Ok(Outcome::Converted { pages }) => {
+                self.spent = self.spent.saturating_add(pages);
+                (0, Action::Resume(Handled::Converted { pages }))
+            }
             Ok(Outcome::RolledBack { cause }) => {
                 self.log.warn(&cause);
                 (self.errno(true), Action::Resume(Handled::Refused))
@@ -203,6 +219,13 @@ impl VcpuExits {
         };
         *exit.ret = answer;
         action
+    }
+
+    fn is_over_budget(&self, request: &Request) -> bool {
+        let wanted = self.spent.saturating_add(request.range.pages());
+        self.spent != 0
+            && self.memory.platform().guest_retries
+            && self.options.budget.is_some_and(|budget| wanted > budget)
     }
 
     /// What to tell the guest: "try again" only to a guest that would.

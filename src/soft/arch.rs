@@ -101,6 +101,8 @@ pub struct Instruction {
     pub round: u64,
     /// What userspace answered to the last [`Step::Hypercall`].
     pub answer: Option<u64>,
+    /// Hypercalls that may exit to userspace, as a bit mask (`KVM_CAP_EXIT_HYPERCALL`).
+    pub exit_hypercall: u64,
 }
 
 /// Guest memory as the hardware finds it at one moment: mapped, or not.
@@ -177,6 +179,12 @@ pub trait Arch: fmt::Debug + Send + Sync {
     /// Called under the MMU lock, exclusive.
     fn zapped_private(&self, _gfn: Gfn, _page: GmemPage) -> bool {
         true
+    }
+
+    /// Whether a page that is given initial contents is mapped in the same step, so that taking it away counts as removing
+    /// a mapping. [`mapped_private`](Self::mapped_private) is not called for it: who gives contents knows.
+    fn maps_populated(&self) -> bool {
+        false
     }
 
     /// A vCPU accesses a mapped page. Called under the MMU lock, shared.

@@ -2,11 +2,14 @@
 //!
 //! Mirrors `kvm_gmem_populate()` (`virt/kvm/guest_memfd.c`); the commands that call it belong to the platforms.
 
+use std::sync::Arc;
+
 use nix::errno::Errno;
 
 use super::arch::GmemPage;
 use super::file::PAGE_BYTES;
 use super::host;
+use super::mmu::{Spte, Target};
 use super::sync::write;
 use super::vm::Vm;
 use crate::addr::{Gfn, GfnRange, PAGE_SIZE};
@@ -41,7 +44,12 @@ impl Vm {
                     return Err(Errno::EINVAL);
                 }
                 let gmem_page = GmemPage { file: file.inode(), page };
-                file.populate(page, &mut contents, |contents| each(gmem_page, gfn, contents))
+                file.populate(page, &mut contents, |contents| each(gmem_page, gfn, contents))?;
+                if self.arch().maps_populated() {
+                    let target = Target::Gmem(Arc::clone(&file), page);
+                    self.mmu_mut().map(gfn, Spte { target, private: true, writable: true });
+                }
+                Ok(())
             })();
             match result {
                 Ok(()) => {}

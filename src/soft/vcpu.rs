@@ -69,6 +69,11 @@ impl ImmediateExit {
     pub fn set(&self, exit: bool) {
         self.0.store(exit, Ordering::Release);
     }
+
+    /// Whether it is set.
+    pub fn is_set(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
 }
 
 /// A vCPU of a [`SoftVm`](super::SoftVm).
@@ -126,7 +131,7 @@ impl SoftVcpu {
     }
 
     fn interrupted(&self) -> Result<(), Errno> {
-        if self.interrupt.0.load(Ordering::Acquire) { Err(Errno::EINTR) } else { Ok(()) }
+        if self.interrupt.is_set() { Err(Errno::EINTR) } else { Ok(()) }
     }
 
     fn finish(&mut self, result: OpResult) {
@@ -381,7 +386,8 @@ impl SoftVcpu {
 
     fn instruction_step(&mut self, nr: u64, args: [u64; 4]) -> Result<Option<Stop>, Errno> {
         let Some(running) = &mut self.running else { return Ok(None) };
-        let instruction = running.instruction(self.index, nr, args);
+        let exit_hypercall = self.vm.exit_hypercall.load(Ordering::Acquire);
+        let instruction = running.instruction(self.index, nr, args, exit_hypercall);
         running.round = running.round.saturating_add(1);
         running.answer = None;
         let step = self.vm.arch().instruction(&View(&self.vm.mmu()), &instruction);

@@ -201,6 +201,11 @@ pub struct ImportList {
 }
 
 impl ImportList {
+    /// Nothing yet.
+    pub const fn new() -> Self {
+        Self { imports: Vec::new() }
+    }
+
     /// Adds an import after all others.
     pub fn push(&mut self, import: Import) {
         self.imports.push(import);

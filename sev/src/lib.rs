@@ -8,6 +8,7 @@
 //! | [`cpuid`] | the CPUID page |
 //! | [`import`] | the initial image: which pages, of which type, in which order |
 //! | [`firmware`] | OVMF images: metadata, kernel hashes, what to import |
+//! | `igvm` | IGVM files (feature `igvm`) |
 //!
 //! # What has run where
 //! The launch digest is held against digests computed by other programs for the same images. Nothing here has run on hardware
@@ -26,6 +27,8 @@
 pub mod cpuid;
 pub mod digest;
 pub mod firmware;
+#[cfg(feature = "igvm")]
+pub mod igvm;
 pub mod import;
 pub mod page;
 pub mod vmsa;

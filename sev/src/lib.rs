@@ -9,10 +9,14 @@
 //! | [`import`] | the initial image: which pages, of which type, in which order |
 //! | [`firmware`] | OVMF images: metadata, kernel hashes, what to import |
 //! | `igvm` | IGVM files (feature `igvm`) |
+//! | [`commands`] | the seam: KVM's commands for an SNP VM |
+//! | [`kvm`] | the commands on the real KVM |
+//! | [`launch`] | the launch: start, import, finish |
 //!
 //! # What has run where
-//! The launch digest is held against digests computed by other programs for the same images. Nothing here has run on hardware
-//! with SEV-SNP.
+//! The launch digest is held against digests that other programs compute for the same images. Launches were run on Linux 7.3's
+//! own KVM over emulated firmware and an emulated RMP (the repository's `tests/lab`), whose digests are the predicted ones.
+//! Nothing here has run on hardware with SEV-SNP.
 #![cfg_attr(
     not(test),
     warn(
@@ -24,13 +28,17 @@
     )
 )]
 
+pub mod commands;
 pub mod cpuid;
 pub mod digest;
 pub mod firmware;
 #[cfg(feature = "igvm")]
 pub mod igvm;
 pub mod import;
+pub mod kvm;
+pub mod launch;
 pub mod page;
+mod uapi;
 pub mod vmsa;
 
 use cvm_memory::hypervisor::{Platform, VmType};

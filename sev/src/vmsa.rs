@@ -60,7 +60,7 @@ mod at {
 
 /// `EFER.SVME`, which KVM sets in every guest's save area.
 const EFER_SVME: u64 = 1 << 12;
-/// `CR4.MCE`, which KVM sets in every guest's save area.
+/// `CR4.MCE`, which KVM sets in every guest's save area if the host has it set.
 const CR4_MCE: u64 = 1 << 6;
 /// `MSR_IA32_CR_PAT` after reset.
 const PAT: u64 = 0x0007_0406_0007_0406;
@@ -198,6 +198,14 @@ impl Vmsa {
     /// A save area as given.
     pub const fn from_page(page: Page) -> Self {
         Self { page }
+    }
+
+    /// As a KVM makes it whose host runs without machine check exceptions (a kernel without `CONFIG_X86_MCE`): such a KVM does
+    /// not set `CR4.MCE`, and the digest is another one than everywhere else.
+    #[must_use]
+    pub fn without_machine_checks(mut self) -> Self {
+        self.put(at::CR4, self.get(at::CR4) & !CR4_MCE);
+        self
     }
 
     /// The page that is measured.

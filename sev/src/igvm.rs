@@ -1,6 +1,6 @@
 //! IGVM files: an initial image with its page types, parameters and vCPU contexts, as a list for the launch.
 //!
-//! The [igvm](::igvm) crate reads the format; here its directives for SEV-SNP become an [`ImportList`]. KVM measures save
+//! The `igvm` crate reads the format; here its directives for SEV-SNP become an [`ImportList`]. KVM measures save
 //! areas last, whatever place they have in the file, so that the digest of such a launch is not always the one that the
 //! igvm crate computes from the order of the file.
 //!

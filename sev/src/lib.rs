@@ -12,6 +12,7 @@
 //! | [`commands`] | the seam: KVM's commands for an SNP VM |
 //! | [`kvm`] | the commands on the real KVM |
 //! | [`launch`] | the launch: start, import, finish |
+//! | [`rmp`] | the reverse map table: a model of it, and of what Linux does with it |
 //!
 //! # What has run where
 //! The launch digest is held against digests that other programs compute for the same images. Launches were run on Linux 7.3's
@@ -38,6 +39,7 @@ pub mod import;
 pub mod kvm;
 pub mod launch;
 pub mod page;
+pub mod rmp;
 mod uapi;
 pub mod vmsa;
 

@@ -1,5 +1,63 @@
-//! The SEV-SNP platform of [`cvm_memory`].
+//! The SEV-SNP platform of [`cvm_memory`]: everything that the generic crate must not name.
 //!
-//! This crate is for everything that the generic crate must not name: the measured launch, the page-state-change
-//! protocols and a model of the RMP for the software KVM. It holds none of that yet: it fixes the crate's place in the
-//! workspace, so that the generic crate can be kept free of vendors from the start.
+//! | module | what it is |
+//! |---|---|
+//! | [`page`] | 4 KiB of contents, aligned as KVM wants them |
+//! | [`digest`] | the launch digest, page by page |
+//! | [`vmsa`] | the save area a vCPU starts from |
+//! | [`cpuid`] | the CPUID page |
+//! | [`import`] | the initial image: which pages, of which type, in which order |
+//! | [`firmware`] | OVMF images: metadata, kernel hashes, what to import |
+//! | `igvm` | IGVM files (feature `igvm`) |
+//! | [`commands`] | the seam: KVM's commands for an SNP VM |
+//! | [`kvm`] | the commands on the real KVM |
+//! | [`launch`] | the launch: start, import, finish |
+//! | [`rmp`] | the reverse map table: a model of it, and of what Linux does with it |
+//!
+//! # What has run where
+//! The launch digest is held against digests that other programs compute for the same images. Launches were run on Linux 7.3's
+//! own KVM over emulated firmware and an emulated RMP (the repository's `tests/lab`), whose digests are the predicted ones.
+//! Nothing here has run on hardware with SEV-SNP.
+#![cfg_attr(
+    not(test),
+    warn(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::arithmetic_side_effects,
+        clippy::indexing_slicing
+    )
+)]
+
+pub mod commands;
+pub mod cpuid;
+pub mod digest;
+pub mod firmware;
+#[cfg(feature = "igvm")]
+pub mod igvm;
+pub mod import;
+pub mod kvm;
+pub mod launch;
+pub mod page;
+pub mod rmp;
+mod uapi;
+pub mod vmsa;
+
+use cvm_memory::hypervisor::{Platform, VmType};
+
+/// `KVM_X86_SNP_VM`: private memory, of which each access says by itself whether it is private (the C-bit). A guest that is
+/// answered `EAGAIN` to a page state change does not ask again.
+///
+/// ```no_run
+/// use cvm_memory::hypervisor::kvm::KvmVm;
+///
+/// let vm = KvmVm::create(&kvm_ioctls::Kvm::new()?, cvm_memory_sev::SNP)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub const SNP: Platform = Platform {
+    name: "sev-snp",
+    vm_type: VmType(kvm_bindings::KVM_X86_SNP_VM as u64),
+    private_memory: true,
+    accesses_carry_privacy: true,
+    guest_retries: false,
+};

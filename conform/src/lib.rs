@@ -10,6 +10,7 @@
 //!
 //! Not part of the library: everything here may panic where a test would.
 
+pub mod book;
 pub mod differences;
 pub mod guard;
 pub mod live;

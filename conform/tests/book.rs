@@ -10,6 +10,7 @@ use std::path::Path;
 use cvm_memory::hypervisor::Cap;
 use cvm_memory_conform::book::{self, Entry};
 use cvm_memory_conform::differences::Differences;
+use cvm_memory_conform::library::{self, LibraryScenario};
 use cvm_memory_conform::live::kvm;
 use cvm_memory_conform::machine::{Machine, Shape};
 use cvm_memory_conform::scenario::Kind;
@@ -91,11 +92,37 @@ fn kvm_scenarios_on_kvm() {
     });
 }
 
+#[test]
+fn library_scenarios_on_soft() {
+    each(book::LIBRARY, |entry| {
+        let scenario: LibraryScenario = parsed(entry);
+        let shape = Shape { kind: scenario.kind, vcpus: scenario.vcpus, physical_bits: PHYSICAL_BITS };
+        let operations = library::play(&scenario, Live::soft(shape))?;
+        println!("{}: {operations} operations", entry.name);
+        Ok(())
+    });
+}
+
+#[test]
+fn library_scenarios_on_kvm() {
+    let Some(host) = skip::dev_kvm() else { return };
+    let kinds = kinds(&host);
+    each(book::LIBRARY, |entry| {
+        let scenario: LibraryScenario = parsed(entry);
+        if !kinds.iter().any(|(kind, _)| *kind == scenario.kind) {
+            return Ok(());
+        }
+        let operations = library::play(&scenario, Live::kvm(&host, scenario.kind, scenario.vcpus))?;
+        println!("{}: {operations} operations", entry.name);
+        Ok(())
+    });
+}
+
 /// No file is forgotten. Where there is no tree, there is nothing to be forgotten in.
 #[test]
 fn the_book_is_whole() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("book");
-    for (chapter, entries) in [("kvm", book::KVM)] {
+    for (chapter, entries) in [("kvm", book::KVM), ("library", book::LIBRARY)] {
         let Ok(files) = fs::read_dir(folder.join(chapter)) else { return };
         let files: BTreeSet<String> = files.map(|file| file.unwrap().file_name().into_string().unwrap()).collect();
         let names: BTreeSet<String> = entries.iter().map(|entry| format!("{}.scn", entry.name)).collect();
@@ -109,5 +136,9 @@ fn the_book_can_be_printed() {
     for entry in book::KVM {
         let scenario: Scenario = parsed(entry);
         assert_eq!(scenario.to_string().parse::<Scenario>().unwrap(), scenario, "{}", entry.name);
+    }
+    for entry in book::LIBRARY {
+        let scenario: LibraryScenario = parsed(entry);
+        assert_eq!(scenario.to_string().parse::<LibraryScenario>().unwrap(), scenario, "{}", entry.name);
     }
 }

@@ -60,6 +60,7 @@ pub const LIBRARY: &[Entry] = chapter!("library":
     "c05-two-backings"
     "c06-rolled-back"
     "c06-undone"
+    "c06-undone-to-shared"
     "c08-c09-no-memory"
     "c11-no-private-side"
     "c12-large-pages"
@@ -68,6 +69,7 @@ pub const LIBRARY: &[Entry] = chapter!("library":
     "c18-prefault"
     "c18-put-off"
     "c19-chunks"
+    "c20-ask-again"
     "c20-bad-requests"
     "d-deferred"
     "d-never"
@@ -82,4 +84,6 @@ pub const LIBRARY: &[Entry] = chapter!("library":
     "s03-low-and-high"
     "s04-slots-of-at-most-1-gib"
     "s06-s07-refused-up-front"
+    "slots-undone"
+    "teardown"
 );

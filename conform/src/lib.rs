@@ -4,14 +4,18 @@
 //! - [`Live`] is a VM behind the library's own seam: of the software KVM, or of `/dev/kvm`.
 //! - [`Reference`] interprets the kernel contract, slowly and page by page, and shares no code with either.
 //!
+//! What the library itself does, on top of either, has scenarios of its own: see [`library`].
+//!
 //! Scenarios are plain data with a readable text form, see [`scenario`]. They come from the generator ([`random`]), from the
 //! book (`book/`), and from what was found once (`regressions/`). Where kernels are known to differ, [`differences`] says in
 //! what, by name.
 //!
 //! Not part of the library: everything here may panic where a test would.
 
+pub mod book;
 pub mod differences;
 pub mod guard;
+pub mod library;
 pub mod live;
 pub mod machine;
 pub mod observation;

@@ -64,6 +64,16 @@ impl Live {
         &*self.vm
     }
 
+    /// The VM, for whoever shares it.
+    pub(crate) fn shared_vm(&self) -> Arc<dyn Hypervisor> {
+        Arc::clone(&self.vm)
+    }
+
+    /// A vCPU's guest.
+    pub(crate) fn guest(&mut self, vcpu: u8) -> &mut dyn Guest {
+        &mut *self.guests[usize::from(vcpu)]
+    }
+
     fn descriptor(&self, descriptor: Descriptor) -> RawFd {
         match descriptor {
             Descriptor::File(name) => self.files.get(&name).map_or(-1, |file| file.as_fd().as_raw_fd()),

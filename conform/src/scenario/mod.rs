@@ -1,7 +1,10 @@
 //! The scenario language: what is done to one VM, in order, as plain data and as text.
 //!
 //! One line, one operation; `#` begins a comment. The first line says what VM it is. A line that begins with `=` says what
-//! the operation before it comes to, as [`Observation`](crate::Observation) prints it; without one, anything may come.
+//! the operation before it comes to, as [`Observation`](crate::Observation) prints it; without one, anything may come. Where
+//! that takes several lines, those after the first begin with `|`.
+//!
+//! [`Operation`]s are KVM's. Those of the [`library`](crate::library) are another table of the same kind.
 //!
 //! ```
 //! let text = "\
@@ -18,12 +21,14 @@
 //! ```
 
 mod operation;
-mod words;
+mod table;
+pub(crate) mod words;
 
 use std::fmt;
 use std::str::FromStr;
 
 pub use operation::Operation;
+pub(crate) use table::operations;
 pub use words::{AREA_BYTES, Area, Descriptor, File, Hva, Kind, Word};
 use words::{Fields, Printed};
 
@@ -32,37 +37,37 @@ pub const MMIO_BYTE: u8 = 0xb7;
 
 /// An operation, and what it has to come to.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Step {
+pub struct Step<O = Operation> {
     /// What is done.
-    pub operation: Operation,
+    pub operation: O,
     /// What is observed, if somebody said; as text, which is how it is compared.
     pub expected: Option<String>,
 }
 
-impl From<Operation> for Step {
-    fn from(operation: Operation) -> Self {
+impl<O> From<O> for Step<O> {
+    fn from(operation: O) -> Self {
         Self { operation, expected: None }
     }
 }
 
 /// A VM, and what is done to it. See the [module](self) for its text.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Scenario {
+pub struct Scenario<O = Operation> {
     /// What VM.
     pub kind: Kind,
     /// With how many vCPUs.
     pub vcpus: u8,
     /// What is done.
-    pub steps: Vec<Step>,
+    pub steps: Vec<Step<O>>,
 }
 
-impl fmt::Display for Scenario {
+impl<O: fmt::Display> fmt::Display for Scenario<O> {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(out, "vm kind={} vcpus={}", Printed(&self.kind), Printed(&self.vcpus))?;
         for step in &self.steps {
             writeln!(out, "{}", step.operation)?;
             if let Some(expected) = &step.expected {
-                writeln!(out, "= {expected}")?;
+                writeln!(out, "= {}", expected.replace('\n', "\n| "))?;
             }
         }
         Ok(())
@@ -79,7 +84,7 @@ pub struct ParseError {
     pub reason: String,
 }
 
-impl FromStr for Scenario {
+impl<O: FromStr<Err = String>> FromStr for Scenario<O> {
     type Err = ParseError;
 
     fn from_str(text: &str) -> Result<Self, ParseError> {
@@ -99,7 +104,7 @@ impl FromStr for Scenario {
     }
 }
 
-fn head(line: &str) -> Result<Scenario, String> {
+fn head<O>(line: &str) -> Result<Scenario<O>, String> {
     let mut words = line.split_whitespace();
     if words.next() != Some("vm") {
         return Err("the first line has to say what `vm`".into());
@@ -110,16 +115,20 @@ fn head(line: &str) -> Result<Scenario, String> {
     Ok(scenario)
 }
 
-impl Scenario {
+impl<O: FromStr<Err = String>> Scenario<O> {
     fn add(&mut self, line: &str) -> Result<(), String> {
-        match line.strip_prefix('=') {
-            None => self.steps.push(line.parse::<Operation>()?.into()),
-            Some(expected) => {
-                let step = self.steps.last_mut().ok_or("nothing was done yet")?;
-                if step.expected.replace(expected.trim().into()).is_some() {
-                    return Err("a second expectation".into());
-                }
+        if let Some(expected) = line.strip_prefix('=') {
+            let step = self.steps.last_mut().ok_or("nothing was done yet")?;
+            if step.expected.replace(expected.trim().into()).is_some() {
+                return Err("a second expectation".into());
             }
+        } else if let Some(more) = line.strip_prefix('|') {
+            let expected = self.steps.last_mut().and_then(|step| step.expected.as_mut());
+            let expected = expected.ok_or("nothing was expected yet")?;
+            expected.push('\n');
+            expected.push_str(more.trim());
+        } else {
+            self.steps.push(line.parse::<O>()?.into());
         }
         Ok(())
     }

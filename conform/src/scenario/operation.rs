@@ -1,49 +1,13 @@
-//! The operations of a scenario: one table from which the type, the printer and the parser are made.
+//! What is done to a VM, call by call.
 
-use std::fmt;
-use std::str::FromStr;
-
-use super::words::{Descriptor, Fields, File, Hva, Printed};
-
-macro_rules! operations {
-    ($($(#[$doc:meta])* $name:ident $word:literal { $($(#[$field_doc:meta])* $field:ident: $type:ty),* $(,)? })+) => {
-        /// One operation, in full: nothing else decides what it does. Addresses, sizes and offsets in bytes.
-        #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-        pub enum Operation {
-            $($(#[$doc])* $name { $($(#[$field_doc])* $field: $type),* },)+
-        }
-
-        impl fmt::Display for Operation {
-            fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-                match self {
-                    $(Self::$name { $($field),* } => {
-                        out.write_str($word)?;
-                        $(write!(out, " {}={}", stringify!($field), Printed($field))?;)*
-                    })+
-                }
-                Ok(())
-            }
-        }
-
-        impl FromStr for Operation {
-            type Err = String;
-
-            fn from_str(line: &str) -> Result<Self, String> {
-                let mut words = line.split_whitespace();
-                let word = words.next().ok_or("an empty line")?;
-                let mut fields = Fields::of(words)?;
-                let operation = match word {
-                    $($word => Self::$name { $($field: fields.take(stringify!($field))?),* },)+
-                    _ => return Err(format!("`{word}` is no operation")),
-                };
-                fields.end()?;
-                Ok(operation)
-            }
-        }
-    };
-}
+use super::table::operations;
+use super::words::{Descriptor, File, Hva};
 
 operations! {
+    /// One operation, in full: nothing else decides what it does. Addresses, sizes and offsets in bytes.
+    #[derive(Hash)]
+    Operation:
+
     /// `KVM_CREATE_GUEST_MEMFD`. A file of that name that is still open is closed first.
     Create "create" {
         /// Its name.

@@ -177,7 +177,7 @@ impl Word for Kind {
 }
 
 /// Prints a [`Word`] where a formatter is at hand.
-pub(super) struct Printed<'a, W>(pub &'a W);
+pub(crate) struct Printed<'a, W>(pub &'a W);
 
 impl<W: Word> fmt::Display for Printed<'_, W> {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -186,21 +186,21 @@ impl<W: Word> fmt::Display for Printed<'_, W> {
 }
 
 /// The fields of a line, each to be taken once.
-pub(super) struct Fields<'a>(Vec<(&'a str, &'a str)>);
+pub(crate) struct Fields<'a>(Vec<(&'a str, &'a str)>);
 
 impl<'a> Fields<'a> {
-    pub(super) fn of(words: impl Iterator<Item = &'a str>) -> Result<Self, String> {
+    pub(crate) fn of(words: impl Iterator<Item = &'a str>) -> Result<Self, String> {
         let field = |word: &'a str| word.split_once('=').ok_or(format!("`{word}` is no field"));
         words.map(field).collect::<Result<_, _>>().map(Self)
     }
 
-    pub(super) fn take<W: Word>(&mut self, name: &str) -> Result<W, String> {
+    pub(crate) fn take<W: Word>(&mut self, name: &str) -> Result<W, String> {
         let at = self.0.iter().position(|(field, _)| *field == name).ok_or(format!("`{name}` is missing"))?;
         let (_, word) = self.0.remove(at);
         W::parse(word).ok_or(format!("`{word}` is not good for `{name}`"))
     }
 
-    pub(super) fn end(self) -> Result<(), String> {
+    pub(crate) fn end(self) -> Result<(), String> {
         self.0.first().map_or(Ok(()), |(name, _)| Err(format!("`{name}` is not known here")))
     }
 }

@@ -1,0 +1,144 @@
+//! The book, played on the software KVM, and on `/dev/kvm` as far as that has the kind of VM.
+//!
+//! A scenario's expectations are what its source says, so each machine is held against the book and not against the other.
+//! Only what an older kernel is known to do differently, by name, is explained by playing beside the software KVM.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+use cvm_memory::hypervisor::Cap;
+use cvm_memory_conform::book::{self, Entry};
+use cvm_memory_conform::differences::Differences;
+use cvm_memory_conform::library::{self, LibraryScenario};
+use cvm_memory_conform::live::kvm;
+use cvm_memory_conform::machine::{Machine, Shape};
+use cvm_memory_conform::scenario::Kind;
+use cvm_memory_conform::{Live, Operation, Scenario, play};
+use cvm_memory_testkit::skip;
+use kvm_ioctls::Kvm;
+
+/// As most processors have; any number that the guests of the book fit into.
+const PHYSICAL_BITS: u32 = 46;
+
+fn parsed<S: std::str::FromStr<Err = cvm_memory_conform::scenario::ParseError>>(entry: &Entry) -> S {
+    entry.text.parse().unwrap_or_else(|error| panic!("{}: {error}", entry.name))
+}
+
+/// What the kernel does and the software KVM does not yet. Whoever mends it takes it off the list, as it must fail there.
+const MISSING_IN_SOFT: &[&str] = &["sticky-mmio"];
+
+/// Plays every entry, and says at the end which went wrong.
+fn each(chapter: &[Entry], mut play: impl FnMut(&Entry) -> Result<(), String>) {
+    let mut failed = String::new();
+    for entry in chapter {
+        if let Err(reason) = play(entry) {
+            failed += &format!("{}: {reason}\n", entry.name);
+        }
+    }
+    assert!(failed.is_empty(), "\n{failed}");
+}
+
+#[test]
+fn kvm_scenarios_on_soft() {
+    each(book::KVM, |entry| {
+        let scenario: Scenario = parsed(entry);
+        let shape = Shape { kind: scenario.kind, vcpus: scenario.vcpus, physical_bits: PHYSICAL_BITS };
+        let mut soft = Live::soft(shape);
+        let played = play(&scenario, shape, &mut [&mut soft], &Differences::default());
+        println!("{}: {played:?}", entry.name);
+        match (MISSING_IN_SOFT.contains(&entry.name), played) {
+            (false, played) => played.map(drop).map_err(|it| it.to_string()),
+            (true, Ok(_)) => Err("is listed as missing, and is not".into()),
+            (true, Err(_)) => Ok(()),
+        }
+    });
+}
+
+/// The kinds that this KVM has, with what it is known to do differently; the others are skipped, a line each.
+fn kinds(host: &Kvm) -> Vec<(Kind, Differences)> {
+    let offered = |kind| {
+        let platform = kvm::platform(kind)?;
+        let vm = if kind == Kind::Default { skip::kvm(platform)? } else { skip::private_kvm()? };
+        drop(vm);
+        let vm = Live::kvm(host, kind, 1);
+        Some((kind, Differences::probe(vm.vm())))
+    };
+    [Kind::Default, Kind::Protected].into_iter().filter_map(offered).collect()
+}
+
+#[test]
+fn kvm_scenarios_on_kvm() {
+    let Some(host) = skip::dev_kvm() else { return };
+    let kinds = kinds(&host);
+    each(book::KVM, |entry| {
+        let scenario: Scenario = parsed(entry);
+        let Some((_, known)) = kinds.iter().find(|(kind, _)| *kind == scenario.kind) else { return Ok(()) };
+        let mut kvm = Live::kvm(&host, scenario.kind, scenario.vcpus);
+        let prefaults = scenario.steps.iter().any(|step| matches!(step.operation, Operation::Prefault { .. }));
+        if prefaults && skip::require(kvm.vm(), Cap::PRE_FAULT_MEMORY, 1).is_none() {
+            return Ok(());
+        }
+        let shape = kvm.shape();
+        let mut soft = Live::soft(shape);
+        let mut machines: Vec<&mut dyn Machine> = vec![&mut kvm];
+        // Beside it, what it does differently is told apart from what it does wrong.
+        if !known.found().is_empty() {
+            machines.push(&mut soft);
+        }
+        let played = play(&scenario, shape, &mut machines, known).map_err(|it| it.to_string())?;
+        println!("{}: {} operations, {} explained", entry.name, played.operations, played.explained);
+        Ok(())
+    });
+}
+
+#[test]
+fn library_scenarios_on_soft() {
+    each(book::LIBRARY, |entry| {
+        let scenario: LibraryScenario = parsed(entry);
+        let shape = Shape { kind: scenario.kind, vcpus: scenario.vcpus, physical_bits: PHYSICAL_BITS };
+        let operations = library::play(&scenario, Live::soft(shape))?;
+        println!("{}: {operations} operations", entry.name);
+        Ok(())
+    });
+}
+
+#[test]
+fn library_scenarios_on_kvm() {
+    let Some(host) = skip::dev_kvm() else { return };
+    let kinds = kinds(&host);
+    each(book::LIBRARY, |entry| {
+        let scenario: LibraryScenario = parsed(entry);
+        if !kinds.iter().any(|(kind, _)| *kind == scenario.kind) {
+            return Ok(());
+        }
+        let operations = library::play(&scenario, Live::kvm(&host, scenario.kind, scenario.vcpus))?;
+        println!("{}: {operations} operations", entry.name);
+        Ok(())
+    });
+}
+
+/// No file is forgotten. Where there is no tree, there is nothing to be forgotten in.
+#[test]
+fn the_book_is_whole() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("book");
+    for (chapter, entries) in [("kvm", book::KVM), ("library", book::LIBRARY)] {
+        let Ok(files) = fs::read_dir(folder.join(chapter)) else { return };
+        let files: BTreeSet<String> = files.map(|file| file.unwrap().file_name().into_string().unwrap()).collect();
+        let names: BTreeSet<String> = entries.iter().map(|entry| format!("{}.scn", entry.name)).collect();
+        assert_eq!(names, files, "{chapter}");
+    }
+}
+
+/// Text, data, and the same data again.
+#[test]
+fn the_book_can_be_printed() {
+    for entry in book::KVM {
+        let scenario: Scenario = parsed(entry);
+        assert_eq!(scenario.to_string().parse::<Scenario>().unwrap(), scenario, "{}", entry.name);
+    }
+    for entry in book::LIBRARY {
+        let scenario: LibraryScenario = parsed(entry);
+        assert_eq!(scenario.to_string().parse::<LibraryScenario>().unwrap(), scenario, "{}", entry.name);
+    }
+}

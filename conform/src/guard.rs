@@ -11,6 +11,7 @@ use crate::scenario::{AREA_BYTES, Area, Hva, Operation};
 const MANY_PAGES: u64 = 1 << 14;
 const PAGE: u64 = 4096;
 const FALLOC_FL_PUNCH_HOLE: u32 = 2;
+const LOG_DIRTY: u32 = 1;
 
 /// Why `operation` is not played; `None` if it is.
 pub fn refuse(shape: Shape, operation: &Operation) -> Option<&'static str> {
@@ -18,6 +19,9 @@ pub fn refuse(shape: Shape, operation: &Operation) -> Option<&'static str> {
         return Some("there is no such vCPU");
     }
     match *operation {
+        Operation::Region { flags, size, .. } if flags & LOG_DIRTY != 0 && (1 << 30..1 << 44).contains(&size) => {
+            Some("too many pages to log")
+        }
         Operation::Region { slot, size, hva, .. } => region(shape, slot, size, hva),
         Operation::Attributes { gpa, size, .. } => attributes(shape, gpa, size),
         Operation::Fallocate { mode, len, .. } => {
@@ -48,6 +52,8 @@ pub fn refuse(shape: Shape, operation: &Operation) -> Option<&'static str> {
         | Operation::Close { .. }
         | Operation::Map { .. }
         | Operation::EnableCap { .. }
+        | Operation::GetDirty { .. }
+        | Operation::ClearDirty { .. }
         | Operation::MapGpaRange { .. } => None,
     }
 }

@@ -10,7 +10,9 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 use cvm_memory::gmem::GuestMemfd;
-use cvm_memory::hypervisor::{Cap, Hypervisor, MemoryAttributes, MemoryRegion, PreFaultMemory};
+use cvm_memory::hypervisor::{
+    Cap, ClearDirtyLog, DirtyLog, Hypervisor, MemoryAttributes, MemoryRegion, PreFaultMemory,
+};
 use cvm_memory_testkit::Guest;
 use nix::errno::Errno;
 use nix::fcntl::FallocateFlags;
@@ -20,7 +22,7 @@ use nix::unistd::ftruncate;
 use crate::guard;
 use crate::machine::{Machine, Shape};
 use crate::observation::Observation;
-use crate::scenario::{Descriptor, File, Operation};
+use crate::scenario::{Descriptor, File, LOG_PAGES, Operation};
 use areas::Areas;
 
 /// A VM of the software KVM or of `/dev/kvm`, with guests, files and memory.
@@ -146,6 +148,16 @@ impl Machine for Live {
             },
             Operation::EnableCap { cap, arg } => self.vm.enable_cap(Cap(cap), [arg, 0, 0, 0]),
             Operation::Prefault { vcpu, gpa, size, flags } => return self.prefault(vcpu, gpa, size, flags),
+            Operation::GetDirty { slot } => {
+                let mut log = DirtyLog::for_pages(LOG_PAGES).expect("a short log");
+                let answer = self.vm.get_dirty_log(slot, &mut log);
+                return Observation::Dirty(answer.map(|()| log.words().to_vec()));
+            }
+            Operation::ClearDirty { slot, first, pages, bits } => {
+                let bitmap = vec![bits; usize::try_from(pages.div_ceil(64)).expect("small")];
+                let clear = ClearDirtyLog { slot, first_page: first, num_pages: pages, bitmap: &bitmap };
+                self.vm.clear_dirty_log(&clear)
+            }
             Operation::HostRead { at, len } => return Observation::Bytes(self.areas.read(at, len)),
             Operation::HostFill { at, len, byte } => self.areas.fill(at, len, byte),
             Operation::Load { .. }

@@ -11,6 +11,8 @@ pub enum Observation {
     Call(Result<(), Errno>),
     /// Bytes, or why there are none.
     Bytes(Result<Vec<u8>, Errno>),
+    /// Of a dirty log: its words.
+    Dirty(Result<Vec<u64>, Errno>),
     /// Of a prefault: its answer, and what it left to be done.
     Prefault {
         /// The answer.
@@ -125,8 +127,17 @@ impl fmt::Display for Observation {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Call(Ok(())) => out.write_str("ok"),
-            Self::Call(Err(errno)) | Self::Bytes(Err(errno)) => write!(out, "{}", Name(*errno)),
+            Self::Call(Err(errno)) | Self::Bytes(Err(errno)) | Self::Dirty(Err(errno)) => {
+                write!(out, "{}", Name(*errno))
+            }
             Self::Bytes(Ok(bytes)) => write!(out, "bytes {}", Runs(bytes)),
+            Self::Dirty(Ok(words)) => {
+                out.write_str("dirty")?;
+                let bits = |word: u64| (0..64_u64).filter(move |bit| word >> bit & 1 == 1);
+                let pages =
+                    (0..).step_by(64).zip(words).flat_map(|(first, word)| bits(*word).map(move |bit| first + bit));
+                pages.into_iter().try_for_each(|page: u64| write!(out, " {page}"))
+            }
             Self::Prefault { answer, gpa, size } => {
                 match answer {
                     Ok(()) => out.write_str("ok")?,

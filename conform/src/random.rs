@@ -96,7 +96,9 @@ impl There {
                     *file = *there;
                 }
             }
-            Operation::Region { slot, size: 0, .. } => {
+            Operation::Region { slot, size: 0, .. }
+            | Operation::GetDirty { slot }
+            | Operation::ClearDirty { slot, .. } => {
                 if let Some((there, ..)) = self.slots.get(at % self.slots.len().max(1)) {
                     *slot = *there;
                 }
@@ -138,6 +140,8 @@ fn operation(shape: Shape) -> BoxedStrategy<Operation> {
         2 => (hva(), select(vec![1, 8, PAGE, 2 * PAGE])).prop_map(|(at, len)| Operation::HostRead { at, len }),
         4 => (hva(), select(vec![1, 8, PAGE, 2 * PAGE]), 1..=255_u8)
             .prop_map(|(at, len, byte)| Operation::HostFill { at, len, byte }),
+        3 => slot_id().prop_map(|slot| Operation::GetDirty { slot }),
+        2 => clear_dirty(),
         10 => load(vcpus, physical_bits),
         12 => store(vcpus, physical_bits),
         2 => (0..vcpus, address(physical_bits), any::<bool>())
@@ -349,8 +353,27 @@ fn enable_cap() -> impl Strategy<Value = Operation> {
         (Just(201), select(vec![0, 0x1000, 0x1000, 1, u64::MAX])),
         (Just(204), select(vec![0, 1, 2])),
         (Just(213), select(vec![0, 1 << 7, 1 << 7])),
+        (Just(168), select(vec![0, 1, 1, 3, 2, 4])),
     ]
     .prop_map(|(cap, arg)| Operation::EnableCap { cap, arg })
+}
+
+fn slot_id() -> impl Strategy<Value = u32> {
+    prop_oneof![
+        16 => 0..SLOTS,
+        1 => select(vec![1 << 16, 2 << 16, 32764, 0xffff, u32::MAX]),
+    ]
+}
+
+fn clear_dirty() -> impl Strategy<Value = Operation> {
+    let first = prop_oneof![8 => Just(0), 1 => select(vec![1, 64, 1 << 40, u64::MAX])];
+    let pages = prop_oneof![8 => 0..=6_u32, 1 => select(vec![64, 65])];
+    (slot_id(), first, pages, any::<u64>()).prop_map(|(slot, first, pages, bits)| Operation::ClearDirty {
+        slot,
+        first,
+        pages,
+        bits,
+    })
 }
 
 fn prefault(vcpus: u8) -> impl Strategy<Value = Operation> {

@@ -350,6 +350,7 @@ impl Played {
                 let verb = if call.is_punch_hole() { "punch" } else { "allocate" };
                 format!("{verb} {} offset={offset:#x} size={len:#x}", self.file(*file))
             }
+            other => format!("{other:x?}"),
         }
     }
 

@@ -47,7 +47,9 @@ impl Areas {
         for memory in 0..4 {
             let bytes = nonzero(usize::try_from(AREA_BYTES).expect("small"));
             let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-            areas.replace(Area::Memory(memory), bytes, protection, MapFlags::MAP_PRIVATE);
+            // Populated: a page that was never written is mapped read-only by KVM until it is, and that would show in the dirty
+            // log, although it is this process's affair and none of KVM's.
+            areas.replace(Area::Memory(memory), bytes, protection, MapFlags::MAP_PRIVATE | MapFlags::MAP_POPULATE);
         }
         areas
     }

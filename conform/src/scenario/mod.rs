@@ -35,6 +35,9 @@ use words::{Fields, Printed};
 /// What a guest reads where there is no memory.
 pub const MMIO_BYTE: u8 = 0xb7;
 
+/// Pages of the longest slot whose dirty log is asked for in full.
+pub const LOG_PAGES: u64 = 1024;
+
 /// An operation, and what it has to come to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Step<O = Operation> {

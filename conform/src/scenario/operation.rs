@@ -84,6 +84,22 @@ operations! {
         /// Zero.
         flags: u64,
     }
+    /// `KVM_GET_DIRTY_LOG`, into a bitmap for [`LOG_PAGES`](crate::scenario::LOG_PAGES).
+    GetDirty "get-dirty" {
+        /// Address space in bits 31:16, id below.
+        slot: u32,
+    }
+    /// `KVM_CLEAR_DIRTY_LOG`.
+    ClearDirty "clear-dirty" {
+        /// Address space in bits 31:16, id below.
+        slot: u32,
+        /// First page.
+        first: u64,
+        /// How many pages.
+        pages: u32,
+        /// Which of each 64.
+        bits: u64,
+    }
     /// This process reads memory of its own; `EFAULT` where there is none.
     HostRead "host-read" {
         /// Where.

@@ -16,10 +16,12 @@ pub mod live;
 pub mod machine;
 pub mod observation;
 pub mod play;
+pub mod reference;
 pub mod scenario;
 
 pub use live::Live;
 pub use machine::Machine;
 pub use observation::{End, Observation, Seen};
 pub use play::{Difference, Played, play};
+pub use reference::Reference;
 pub use scenario::{Operation, Scenario, Step};

@@ -31,6 +31,10 @@ use slots::{Slot, SlotKey};
 
 const PAGE: u64 = 4096;
 
+fn index(bytes: u64) -> usize {
+    usize::try_from(bytes).expect("64 bits")
+}
+
 /// An interpreter of the contract. See the [module](self).
 #[derive(Debug)]
 pub struct Reference {

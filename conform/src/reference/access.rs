@@ -4,7 +4,7 @@ use nix::errno::Errno;
 
 use super::files::Place;
 use super::slots::{READONLY, Slot};
-use super::{PAGE, Reference};
+use super::{PAGE, Reference, index};
 use crate::observation::{End, Observation, Seen};
 use crate::scenario::{Kind, MMIO_BYTE};
 
@@ -124,7 +124,7 @@ impl Reference {
             }
             if place.is_none() {
                 // Instructions are of at most 8 bytes, and so is each of its pieces.
-                seen.push(Seen::MmioRead { gpa: address, len: bytes as usize });
+                seen.push(Seen::MmioRead { gpa: address, len: index(bytes) });
             }
         }
         End::Data(data)
@@ -137,7 +137,7 @@ impl Reference {
             Err(end) => return end,
         };
         for (address, bytes, place) in places {
-            let piece = &data[(address - gpa) as usize..][..bytes as usize];
+            let piece = &data[index(address - gpa)..][..index(bytes)];
             match place {
                 Some(page) => {
                     for (offset, byte) in (address % PAGE..).zip(piece) {

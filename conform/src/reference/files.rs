@@ -2,7 +2,7 @@
 
 use nix::errno::Errno;
 
-use super::{PAGE, Reference};
+use super::{PAGE, Reference, index};
 use crate::scenario::{AREA_BYTES, Area, File, Hva};
 
 const MMAP: u64 = 1;
@@ -158,10 +158,10 @@ impl Reference {
 
     /// A byte of a page. Pages that were never written are zero (3.5, step 6).
     pub(super) fn byte(&self, page: Place, offset: u64) -> u8 {
-        self.contents.get(&page).map_or(0, |page| page[offset as usize])
+        self.contents.get(&page).map_or(0, |page| page[index(offset)])
     }
 
     pub(super) fn set_byte(&mut self, page: Place, offset: u64, byte: u8) {
-        self.contents.entry(page).or_insert_with(|| Box::new([0; 4096]))[offset as usize] = byte;
+        self.contents.entry(page).or_insert_with(|| Box::new([0; 4096]))[index(offset)] = byte;
     }
 }

@@ -19,7 +19,8 @@ pub(super) struct SlotKey {
 impl SlotKey {
     /// From how the ioctl has it.
     pub(super) const fn of(slot: u32) -> Self {
-        Self { space: (slot >> 16) as u16, id: slot as u16 }
+        let [a, b, c, d] = slot.to_le_bytes();
+        Self { space: u16::from_le_bytes([c, d]), id: u16::from_le_bytes([a, b]) }
     }
 }
 

@@ -3,6 +3,8 @@
 //! A chapter is a list of names and texts. What each is about, and what of the numbered scenarios is not in the book, says
 //! `book/README.md`.
 
+use crate::scenario::Scenario;
+
 macro_rules! chapter {
     ($folder:literal: $($name:literal)+) => {
         &[$(Entry { name: $name, text: include_str!(concat!("../book/", $folder, "/", $name, ".scn")) }),+]
@@ -17,6 +19,37 @@ pub struct Entry {
     /// Its text.
     pub text: &'static str,
 }
+
+impl Entry {
+    /// Its scenarios, each with a name: a file may have several, and each begins with its `vm` line.
+    ///
+    /// # Panics
+    /// If one is none.
+    pub fn scenarios(&self) -> Vec<(String, Scenario)> {
+        let starts =
+            self.text.split('\n').enumerate().filter(|(_, line)| line.starts_with("vm ")).map(|(line, _)| line);
+        let starts: Vec<usize> = starts.collect();
+        let lines: Vec<&str> = self.text.split('\n').collect();
+        let ends = starts.iter().skip(1).copied().chain([lines.len()]);
+        let scenario = |(start, end): (&usize, usize)| {
+            let name = format!("{}:{}", self.name, start + 1);
+            let scenario = lines[*start..end].join("\n").parse();
+            let scenario = scenario.unwrap_or_else(|error| panic!("{name}: {error}"));
+            (name, scenario)
+        };
+        starts.iter().zip(ends).map(scenario).collect()
+    }
+}
+
+/// Many small scenarios of what the kernel contract says.
+pub const CONTRACT: &[Entry] = chapter!(".": "contract");
+
+/// What the software KVM once did differently from Linux 7.3, each as small as it could be made.
+pub const FOUND: &[Entry] = chapter!("found":
+    "emulated-access-goes-by-the-address"
+    "mmio-outlives-conversion"
+    "mmio-until-a-slot-changes"
+);
 
 /// Scenarios of what KVM and its files do: every operation is one call or one access.
 pub const KVM: &[Entry] = chapter!("kvm":

@@ -85,8 +85,9 @@ impl Differences {
         explained: &mut u64,
     ) -> bool {
         let Some(((_, first), others)) = seen.split_first_mut() else { return true };
-        let Some(((_, second), rest)) = others.split_first() else { return true };
-        if !rest.iter().all(|(_, observation)| observation == second) {
+        let mut others = others.iter().filter(|(_, observation)| *observation != Observation::Unknown);
+        let Some((_, second)) = others.next() else { return true };
+        if !others.all(|(_, observation)| observation == second) {
             return false;
         }
         if first == second {

@@ -5,7 +5,7 @@
 use cvm_memory_testkit::KvmGuest;
 
 use crate::machine::Shape;
-use crate::scenario::{AREA_BYTES, Area, Hva, Operation};
+use crate::scenario::{AREA_BYTES, Area, Hva, LOG_PAGES, Operation};
 
 /// Pages that one operation may be about.
 const MANY_PAGES: u64 = 1 << 14;
@@ -48,12 +48,12 @@ pub fn refuse(shape: Shape, operation: &Operation) -> Option<&'static str> {
             Hva::In(area, offset) if !matches!(area, Area::Void) && offset <= AREA_BYTES && len <= AREA_BYTES => None,
             _ => Some("this process does not look there"),
         },
+        Operation::ClearDirty { pages, .. } => (u64::from(pages) > LOG_PAGES).then_some("too many pages to clear"),
         Operation::Create { .. }
         | Operation::Close { .. }
         | Operation::Map { .. }
         | Operation::EnableCap { .. }
         | Operation::GetDirty { .. }
-        | Operation::ClearDirty { .. }
         | Operation::MapGpaRange { .. } => None,
     }
 }

@@ -7,7 +7,7 @@
 //! What the library itself does, on top of either, has scenarios of its own: see [`library`].
 //!
 //! Scenarios are plain data with a readable text form, see [`scenario`]. They come from the generator ([`random`]), from the
-//! book (`book/`), and from what was found once (`regressions/`). Where kernels are known to differ, [`differences`] says in
+//! book (`book/`), which has what was found once too (`book/found/`). Where kernels are known to differ, [`differences`] says in
 //! what, by name.
 //!
 //! Not part of the library: everything here may panic where a test would.
@@ -21,11 +21,14 @@ pub mod machine;
 pub mod observation;
 pub mod play;
 pub mod random;
+pub mod reference;
 pub mod run;
 pub mod scenario;
+pub mod suite;
 
 pub use live::Live;
 pub use machine::Machine;
 pub use observation::{End, Observation, Seen};
 pub use play::{Difference, Played, play};
+pub use reference::Reference;
 pub use scenario::{Operation, Scenario, Step};

@@ -33,6 +33,8 @@ pub enum Observation {
     Pages(Vec<End>),
     /// It was not played.
     Skipped(&'static str),
+    /// This machine cannot tell.
+    Unknown,
 }
 
 /// An exit that was answered, after which the guest went on.
@@ -162,6 +164,7 @@ impl fmt::Display for Observation {
                 }
                 Ok(())
             }
+            Self::Unknown => out.write_str("unknown"),
             Self::Skipped(reason) => write!(out, "skipped: {reason}"),
         }
     }

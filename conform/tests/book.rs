@@ -7,16 +7,13 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
-use cvm_memory::hypervisor::Cap;
 use cvm_memory_conform::book::{self, Entry};
 use cvm_memory_conform::differences::Differences;
 use cvm_memory_conform::library::{self, LibraryScenario};
-use cvm_memory_conform::live::kvm;
+use cvm_memory_conform::live::kvm::Offer;
 use cvm_memory_conform::machine::{Machine, Shape};
 use cvm_memory_conform::scenario::Kind;
-use cvm_memory_conform::{Live, Operation, Scenario, play};
-use cvm_memory_testkit::skip;
-use kvm_ioctls::Kvm;
+use cvm_memory_conform::{Live, Scenario, play};
 
 /// As most processors have; any number that the guests of the book fit into.
 const PHYSICAL_BITS: u32 = 46;
@@ -26,7 +23,7 @@ fn parsed<S: std::str::FromStr<Err = cvm_memory_conform::scenario::ParseError>>(
 }
 
 /// What the kernel does and the software KVM does not yet. Whoever mends it takes it off the list, as it must fail there.
-const MISSING_IN_SOFT: &[&str] = &["sticky-mmio"];
+const MISSING_IN_SOFT: &[&str] = &[];
 
 /// Plays every entry, and says at the end which went wrong.
 fn each(chapter: &[Entry], mut play: impl FnMut(&Entry) -> Result<(), String>) {
@@ -45,7 +42,7 @@ fn kvm_scenarios_on_soft() {
         let scenario: Scenario = parsed(entry);
         let shape = Shape { kind: scenario.kind, vcpus: scenario.vcpus, physical_bits: PHYSICAL_BITS };
         let mut soft = Live::soft(shape);
-        let played = play(&scenario, shape, &mut [&mut soft], &Differences::default());
+        let played = play(&scenario, shape, &mut [&mut soft], &Differences::default(), |_, _| {});
         println!("{}: {played:?}", entry.name);
         match (MISSING_IN_SOFT.contains(&entry.name), played) {
             (false, played) => played.map(drop).map_err(|it| it.to_string()),
@@ -55,30 +52,20 @@ fn kvm_scenarios_on_soft() {
     });
 }
 
-/// The kinds that this KVM has, with what it is known to do differently; the others are skipped, a line each.
-fn kinds(host: &Kvm) -> Vec<(Kind, Differences)> {
-    let offered = |kind| {
-        let platform = kvm::platform(kind)?;
-        let vm = if kind == Kind::Default { skip::kvm(platform)? } else { skip::private_kvm()? };
-        drop(vm);
-        let vm = Live::kvm(host, kind, 1);
-        Some((kind, Differences::probe(vm.vm())))
-    };
-    [Kind::Default, Kind::Protected].into_iter().filter_map(offered).collect()
+/// The kinds that this KVM has; the others are skipped, a line each.
+fn kinds() -> Vec<Offer> {
+    [Kind::Default, Kind::Protected].into_iter().filter_map(Offer::of).collect()
 }
 
 #[test]
 fn kvm_scenarios_on_kvm() {
-    let Some(host) = skip::dev_kvm() else { return };
-    let kinds = kinds(&host);
+    let kinds = kinds();
     each(book::KVM, |entry| {
         let scenario: Scenario = parsed(entry);
-        let Some((_, known)) = kinds.iter().find(|(kind, _)| *kind == scenario.kind) else { return Ok(()) };
-        let mut kvm = Live::kvm(&host, scenario.kind, scenario.vcpus);
-        let prefaults = scenario.steps.iter().any(|step| matches!(step.operation, Operation::Prefault { .. }));
-        if prefaults && skip::require(kvm.vm(), Cap::PRE_FAULT_MEMORY, 1).is_none() {
+        let Some(Offer { kvm, known, .. }) = kinds.iter().find(|offer| offer.shape.kind == scenario.kind) else {
             return Ok(());
-        }
+        };
+        let mut kvm = Live::kvm(kvm, scenario.kind, scenario.vcpus);
         let shape = kvm.shape();
         let mut soft = Live::soft(shape);
         let mut machines: Vec<&mut dyn Machine> = vec![&mut kvm];
@@ -86,7 +73,7 @@ fn kvm_scenarios_on_kvm() {
         if !known.found().is_empty() {
             machines.push(&mut soft);
         }
-        let played = play(&scenario, shape, &mut machines, known).map_err(|it| it.to_string())?;
+        let played = play(&scenario, shape, &mut machines, known, |_, _| {}).map_err(|it| it.to_string())?;
         println!("{}: {} operations, {} explained", entry.name, played.operations, played.explained);
         Ok(())
     });
@@ -105,14 +92,13 @@ fn library_scenarios_on_soft() {
 
 #[test]
 fn library_scenarios_on_kvm() {
-    let Some(host) = skip::dev_kvm() else { return };
-    let kinds = kinds(&host);
+    let kinds = kinds();
     each(book::LIBRARY, |entry| {
         let scenario: LibraryScenario = parsed(entry);
-        if !kinds.iter().any(|(kind, _)| *kind == scenario.kind) {
+        let Some(Offer { kvm, .. }) = kinds.iter().find(|offer| offer.shape.kind == scenario.kind) else {
             return Ok(());
-        }
-        let operations = library::play(&scenario, Live::kvm(&host, scenario.kind, scenario.vcpus))?;
+        };
+        let operations = library::play(&scenario, Live::kvm(kvm, scenario.kind, scenario.vcpus))?;
         println!("{}: {operations} operations", entry.name);
         Ok(())
     });

@@ -1,59 +1,88 @@
-//! Random scenarios: the real KVM against the software KVM.
+//! Random scenarios, and those that were found to matter: the software KVM against the interpreter of the contract, and a
+//! real KVM against both.
 //!
 //! `CVM_SCENARIOS=N` and `CVM_SEED=S` say how many and which; `CVM_SECONDS=T` plays for as long.
 
-use std::time::Duration;
-
-use cvm_memory::hypervisor::Cap;
-use cvm_memory_conform::differences::Differences;
-use cvm_memory_conform::live::kvm::platform;
-use cvm_memory_conform::machine::{Machine, Shape};
-use cvm_memory_conform::run::{Plan, run};
+use cvm_memory_conform::live::kvm::Offer;
+use cvm_memory_conform::machine::Shape;
+use cvm_memory_conform::run::{Plan, Play, run};
 use cvm_memory_conform::scenario::Kind;
-use cvm_memory_conform::{Live, play};
-use cvm_memory_testkit::{KvmGuest, skip};
+use cvm_memory_conform::{book, suite};
 
-fn kvm_is_soft(kind: Kind, scenarios: u64) {
-    let Some(vm) = skip::kvm(platform(kind).unwrap()) else { return };
-    for cap in [Cap::USER_MEMORY2, Cap::GUEST_MEMFD] {
-        if skip::require(&vm, cap, 1).is_none() {
-            return;
+/// Address bits where no processor has a say: few enough for their end to be reached.
+const PHYSICAL_BITS: u32 = 40;
+
+fn random(name: &str, shape: Shape, scenarios: u64, play: &Play<'_>) {
+    match run(Plan::from_env(scenarios), shape, play, &|_| {}) {
+        Ok(tally) => println!("{name} {:?}: {tally}", shape.kind),
+        Err(failure) => panic!("{name} {:?}: {failure}", shape.kind),
+    }
+}
+
+fn soft(kind: Kind) {
+    let shape = Shape { kind, vcpus: 2, physical_bits: PHYSICAL_BITS };
+    random("soft", shape, 250, &|scenario, tally| suite::soft(shape, scenario, tally));
+}
+
+fn kvm(kind: Kind) {
+    let Some(offer) = Offer::of(kind) else { return };
+    println!("{kind:?}: known differences of this kernel: {:?}", offer.known.found());
+    let shape = Shape { vcpus: 2, ..offer.shape };
+    random("kvm", shape, 100, &|scenario, tally| suite::kvm(&offer, scenario, tally));
+}
+
+#[test]
+fn soft_default() {
+    soft(Kind::Default);
+}
+
+#[test]
+fn soft_protected() {
+    soft(Kind::Protected);
+}
+
+#[test]
+fn soft_tagged() {
+    soft(Kind::Tagged);
+}
+
+#[test]
+fn kvm_default() {
+    kvm(Kind::Default);
+}
+
+#[test]
+fn kvm_protected() {
+    kvm(Kind::Protected);
+}
+
+/// What the contract says of many small things, and what was found once and shrunk.
+fn known_scenarios() -> Vec<(String, cvm_memory_conform::Scenario)> {
+    book::CONTRACT.iter().chain(book::FOUND).flat_map(book::Entry::scenarios).collect()
+}
+
+#[test]
+fn known_scenarios_on_soft() {
+    let mut failed = String::new();
+    for (name, scenario) in known_scenarios() {
+        let shape = Shape { kind: scenario.kind, vcpus: scenario.vcpus, physical_bits: 46 };
+        if let Err(difference) = suite::soft(shape, &scenario, &mut Default::default()) {
+            failed += &format!("{name}: {difference}\n");
         }
     }
-    let known = {
-        let mut guest = KvmGuest::new(&vm, 0);
-        guest.set_patience(Duration::from_secs(2));
-        Differences::probe(&vm, &mut guest)
-    };
-    println!("{kind:?}: known differences of this kernel: {:?}", known.found());
-    drop(vm);
-    let kvm = skip::dev_kvm().unwrap();
-    let shape = Live::kvm(&kvm, kind, 1).shape();
-    let shape = Shape { vcpus: 1, ..shape };
-    let tally = run(
-        Plan::from_env(scenarios),
-        shape,
-        &|scenario, tally| {
-            let (mut kvm, mut soft) = (Live::kvm(&kvm, kind, shape.vcpus), Live::soft(shape));
-            let machines: &mut [&mut dyn Machine] = &mut [&mut kvm, &mut soft];
-            play(scenario, shape, machines, &known, |operation, seen| {
-                tally.count(&operation.to_string(), &seen.to_string());
-            })
-        },
-        &|_| {},
-    );
-    match tally {
-        Ok(tally) => println!("{kind:?}: {tally}"),
-        Err(failure) => panic!("{kind:?}: {failure}"),
+    assert!(failed.is_empty(), "\n{failed}");
+}
+
+#[test]
+fn known_scenarios_on_kvm() {
+    let mut failed = String::new();
+    for kind in [Kind::Default, Kind::Protected] {
+        let Some(offer) = Offer::of(kind) else { continue };
+        for (name, scenario) in known_scenarios().iter().filter(|(_, scenario)| scenario.kind == kind) {
+            if let Err(difference) = suite::kvm(&offer, scenario, &mut Default::default()) {
+                failed += &format!("{name}: {difference}\n");
+            }
+        }
     }
-}
-
-#[test]
-fn default() {
-    kvm_is_soft(Kind::Default, 200);
-}
-
-#[test]
-fn protected() {
-    kvm_is_soft(Kind::Protected, 200);
+    assert!(failed.is_empty(), "\n{failed}");
 }

@@ -12,10 +12,11 @@ use nix::libc;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
-use crate::scenario::{AREA_BYTES, Area, File, Hva};
+use crate::scenario::{AREA_BYTES, AREA_ROOM, Area, File, Hva};
 
 /// Address space of one area: further than scenarios name an offset.
 const STRIDE: usize = 1 << 32;
+const _: () = assert!(AREA_ROOM == 1 << 32);
 /// Memory areas, files, and the void.
 const AREAS: usize = 4 + 8 + 1;
 /// Address space of all, and behind them the largest memslot there is, 2^31 - 1 pages: wherever in an area a slot starts, it

@@ -95,8 +95,8 @@ impl Word for Descriptor {
     }
 }
 
-/// A part of this process's address space. Each is larger than the largest memslot, so that no slot that starts in it leads
-/// a guest to anything else.
+/// A part of this process's address space. Behind the last of them there is room for the largest memslot, so that no slot that
+/// starts in one leads a guest to anything else.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Area {
     /// Memory, `m0` to `m3`: [`AREA_BYTES`] of it, then nothing.
@@ -109,6 +109,9 @@ pub enum Area {
 
 /// Bytes of memory at the start of each [`Area::Memory`].
 pub const AREA_BYTES: u64 = 64 * 4096;
+
+/// Address space of each [`Area`]. No larger file is mapped: that is `ENOMEM`.
+pub const AREA_ROOM: u64 = 1 << 32;
 
 /// An address of this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

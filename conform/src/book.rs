@@ -108,6 +108,7 @@ pub const LIBRARY: &[Entry] = chapter!("library":
     "d-never"
     "d-trim"
     "d02-replay"
+    "default-vm"
     "implicit-refused"
     "lazy"
     "private-mem-conversions-test-1"

@@ -1,0 +1,15 @@
+//! Which memory was written, over KVM's mechanisms: the dirty log of a slot and the dirty ring of a vCPU.
+//!
+//! | file | what it is |
+//! |---|---|
+//! | `bitmap` | [`DirtyBitmap`]: the written pages of one backing, whatever happens to the slots over it |
+//! | `devices` | [`DeviceDirty`]: writes that vm-memory makes go into the same bitmap |
+//!
+//! KVM logs only slots without a guest_memfd: neither the private nor the shared pages of a slot with one are tracked by any
+//! mechanism there is. Nothing here knows of page states.
+
+mod bitmap;
+mod devices;
+
+pub use bitmap::{DirtyBitmap, Runs, Take};
+pub use devices::{DeviceDirty, DeviceDirtySlice};

@@ -36,6 +36,7 @@ const UNSAFE: &[&str] = &[
     "src/hypervisor/kvm/exit.rs",
     "src/hypervisor/kvm/gmem.rs",
     "src/hypervisor/kvm/raw.rs",
+    "src/hypervisor/kvm/ring.rs",
     "src/hypervisor/kvm/vcpu.rs",
     "src/hypervisor/kvm/vm.rs",
     "src/hypervisor/mod.rs",

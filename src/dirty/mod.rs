@@ -5,6 +5,7 @@
 //! | `bitmap` | [`DirtyBitmap`]: the written pages of one backing, whatever happens to the slots over it |
 //! | `devices` | [`DeviceDirty`]: writes that vm-memory makes go into the same bitmap |
 //! | `negotiate` | which mechanism to use, or why it cannot be |
+//! | `ring` | [`DirtyRings`]: from entries of the rings to runs of pages that may be copied |
 //!
 //! KVM logs only slots without a guest_memfd: neither the private nor the shared pages of a slot with one are tracked by any
 //! mechanism there is. Nothing here knows of page states.
@@ -12,6 +13,7 @@
 mod bitmap;
 mod devices;
 mod negotiate;
+mod ring;
 
 pub use bitmap::{DirtyBitmap, Runs, Take};
 pub use devices::{DeviceDirty, DeviceDirtySlice};
@@ -19,3 +21,4 @@ pub use negotiate::{
     Choice, Clearing, ENTRY_BYTES, EnableError, MIN_RING_BYTES, MIN_RING_BYTES_HARDWARE_LOG, Mechanism, Offer,
     OwnWrites, Refusal, Situation, Wish, negotiate,
 };
+pub use ring::{DirtyRings, Harvest, Harvested, OwnerRun, Owners, ResetError, RingStats, Stray};

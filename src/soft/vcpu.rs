@@ -10,11 +10,12 @@ use nix::errno::Errno;
 
 use super::arch::{AccessKind, Denied, Step};
 use super::counters::Call;
+use super::dirty_ring::Ring;
 use super::fault::{Data, Fault, View, Walk};
 use super::ops::{GuestOp, OpResult, Running};
 use super::vm::Vm;
 use crate::addr::{Gfn, GfnRange, Gpa, PAGE_SIZE};
-use crate::hypervisor::{Exit, HypercallExit, MemoryFault, Mmio, PreFaultMemory, Vcpu};
+use crate::hypervisor::{DirtyRingMemory, Exit, HypercallExit, MemoryFault, Mmio, PreFaultMemory, Vcpu};
 
 /// `KVM_HC_MAP_GPA_RANGE` as a bit of `KVM_CAP_EXIT_HYPERCALL`.
 pub(super) const MAP_GPA_RANGE_BIT: u64 = 1 << HypercallExit::MAP_GPA_RANGE;
@@ -45,6 +46,7 @@ enum Stop {
     MmioRead(u64, usize),
     MmioWrite(u64, usize),
     EmulationFailure,
+    RingFull,
 }
 
 /// How a piece of memory access ended.
@@ -52,6 +54,7 @@ enum Piece {
     Done,
     Mmio,
     Exception,
+    RingFull,
 }
 
 /// Makes a vCPU leave the guest: `kvm_run.immediate_exit` and a signal in one. While it is set, `run` returns `EINTR` as soon
@@ -77,11 +80,13 @@ pub struct SoftVcpu {
     interrupt: ImmediateExit,
     mmio: [u8; MMIO_BYTES],
     hypercall_ret: u64,
+    ring: Option<Arc<Ring>>,
 }
 
 impl SoftVcpu {
     pub(super) fn new(vm: Arc<Vm>) -> Self {
         let index = vm.next_vcpu();
+        let ring = vm.rings.create();
         Self {
             vm,
             index,
@@ -91,6 +96,7 @@ impl SoftVcpu {
             interrupt: ImmediateExit(Arc::new(AtomicBool::new(false))),
             mmio: [0; MMIO_BYTES],
             hypercall_ret: 0,
+            ring,
         }
     }
 
@@ -119,6 +125,11 @@ impl SoftVcpu {
 
     fn interrupted(&self) -> Result<(), Errno> {
         if self.interrupt.0.load(Ordering::Acquire) { Err(Errno::EINTR) } else { Ok(()) }
+    }
+
+    /// `kvm_dirty_ring_check_request()`.
+    fn ring_full(&self) -> bool {
+        self.ring.as_ref().is_some_and(|ring| ring.soft_full())
     }
 
     fn finish(&mut self, result: OpResult) {
@@ -174,6 +185,9 @@ impl SoftVcpu {
         self.vm.arch().may_run()?;
         while let Some(running) = &self.running {
             self.vm.check_alive()?;
+            if self.ring_full() {
+                return Ok(Stop::RingFull);
+            }
             let stop = match (&running.op, running.memory()) {
                 (_, Some((gpa, len, private))) => self.memory_step(gpa, len, private)?,
                 (GuestOp::Hypercall { nr, args }, _) => {
@@ -220,6 +234,7 @@ impl SoftVcpu {
             Err(fault) => return Ok(Some(Stop::Fault(fault))),
             Ok(Piece::Done) if output.is_some() => self.absorb(&output.unwrap_or_default()),
             Ok(Piece::Done) => self.absorb(&input),
+            Ok(Piece::RingFull) => return Ok(Some(Stop::RingFull)),
             Ok(Piece::Exception) => self.finish(OpResult::Exception),
             Ok(Piece::Mmio) if fetch => return Ok(Some(self.emulation_failure())),
             Ok(Piece::Mmio) => return Ok(Some(self.emulated(at.get(), size.min(MMIO_BYTES), output.as_deref()))),
@@ -239,6 +254,8 @@ impl SoftVcpu {
                 Walk::Denied(Denied::KillVm) => self.vm.kill(),
                 Walk::Denied(Denied::Spin) => std::thread::yield_now(),
                 Walk::Fault => match self.fault(at.gfn(), data.kind(), private)? {
+                    // It goes into the guest again, to repeat the access, if there is room for another page.
+                    Ok(()) if self.ring_full() => return Ok(Ok(Piece::RingFull)),
                     Ok(()) => {}
                     Err(Fault::Exit(fault)) => return Ok(Err(fault)),
                     Err(Fault::BadAddress) => return Err(Errno::EFAULT),
@@ -253,7 +270,7 @@ impl SoftVcpu {
     fn fault(&self, gfn: Gfn, kind: AccessKind, private: bool) -> Result<Result<(), Fault>, Errno> {
         let fault = {
             let _srcu = self.vm.srcu.enter();
-            self.vm.fault(gfn, kind, private)
+            self.vm.fault(gfn, kind, private, self.ring.as_deref())
         };
         match fault {
             Fault::Mapped => Ok(Ok(())),
@@ -346,7 +363,7 @@ impl SoftVcpu {
         loop {
             self.interrupted()?;
             self.vm.check_alive()?;
-            match self.vm.fault(gfn, AccessKind::Read, self.vm.is_private(gfn)) {
+            match self.vm.fault(gfn, AccessKind::Read, self.vm.is_private(gfn), self.ring.as_deref()) {
                 Fault::Mapped => return Ok(()),
                 Fault::Retry => std::thread::yield_now(),
                 Fault::SlotInvalid => return Err(Errno::EAGAIN),
@@ -391,7 +408,15 @@ impl Vcpu for SoftVcpu {
             Stop::MmioWrite(gpa, len) => {
                 Exit::Mmio(Mmio::Write { gpa, data: self.mmio.get(..len).unwrap_or_default() })
             }
+            Stop::RingFull => Exit::DirtyRingFull,
             Stop::EmulationFailure => Exit::InternalError { suberror: Some(EMULATION) },
         })
+    }
+
+    fn dirty_ring(&self, bytes: u32) -> Result<Box<dyn DirtyRingMemory>, Errno> {
+        match &self.ring {
+            Some(ring) if bytes == self.vm.rings.bytes() => Ok(Box::new(ring.memory())),
+            _ => Err(Errno::EINVAL),
+        }
     }
 }

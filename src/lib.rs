@@ -13,6 +13,7 @@
 //! | [`backing`] | the memory behind the slots |
 //! | [`hypervisor`] | the seam to KVM, and the real one behind it |
 //! | [`soft`] | the software KVM |
+//! | [`dirty`] | which memory was written |
 //! | [`convert`] | page state changes: request, plan, commit |
 //! | [`prefault`] | memory ahead of use |
 //! | [`memory`] | the facade |
@@ -39,6 +40,7 @@
 pub mod addr;
 pub mod backing;
 pub mod convert;
+pub mod dirty;
 pub mod exits;
 pub mod gmem;
 pub mod hypervisor;
@@ -49,6 +51,7 @@ pub mod prefault;
 pub mod soft;
 pub mod stats;
 mod sync;
+mod words;
 
 #[doc = include_str!("../README.md")]
 #[cfg(doctest)]

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 /// The rooms of the generic crate, from the ground up: each may use those before it, and itself.
 const LAYERS: &[&str] = &[
     "sync",
+    "words",
     "addr",
     "page_set",
     "gmem",
@@ -17,6 +18,7 @@ const LAYERS: &[&str] = &[
     "backing",
     "hypervisor",
     "soft",
+    "dirty",
     "convert",
     "prefault",
     "memory",
@@ -34,12 +36,13 @@ const UNSAFE: &[&str] = &[
     "src/hypervisor/kvm/exit.rs",
     "src/hypervisor/kvm/gmem.rs",
     "src/hypervisor/kvm/raw.rs",
+    "src/hypervisor/kvm/ring.rs",
     "src/hypervisor/kvm/vcpu.rs",
     "src/hypervisor/kvm/vm.rs",
     "src/hypervisor/mod.rs",
     "src/memory/slots.rs",
-    "src/page_set/words.rs",
     "src/soft/hypervisor.rs",
+    "src/words.rs",
 ];
 
 fn sources(folder: &str) -> Vec<(PathBuf, String)> {

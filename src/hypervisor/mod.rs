@@ -8,6 +8,7 @@
 
 mod caps;
 mod dirty_log;
+mod dirty_ring;
 mod exit;
 pub mod kvm;
 
@@ -20,6 +21,7 @@ use crate::gmem::GuestMemfd;
 
 pub use caps::{Cap, Capabilities, MissingCapability, VmType};
 pub use dirty_log::DirtyLog;
+pub use dirty_ring::{DirtyGfn, DirtyRingMemory};
 pub use exit::{Exit, HypercallExit, MemoryFault, Mmio, exit_reason};
 
 /// `KVM_MEMORY_ATTRIBUTE_PRIVATE`: bit 3, the only attribute there is.
@@ -215,4 +217,14 @@ pub trait Vcpu: fmt::Debug + Send {
     /// # Errors
     /// `EINTR` and `EAGAIN` ask for another run; everything else is the end of this vCPU.
     fn run(&mut self) -> Result<Exit<'_>, Errno>;
+
+    /// `mmap(2)` of the vCPU's dirty ring, which has `bytes` bytes as they were enabled on the VM.
+    ///
+    /// # Errors
+    /// `EINVAL` if rings of that size were not enabled when the vCPU was created; `ENOMEM`. `ENODEV` where there are none at
+    /// all, which is what this does by default.
+    fn dirty_ring(&self, bytes: u32) -> Result<Box<dyn DirtyRingMemory>, Errno> {
+        let _ = bytes;
+        Err(Errno::ENODEV)
+    }
 }

@@ -135,6 +135,11 @@ pub trait Arch: fmt::Debug + Send + Sync {
         false
     }
 
+    /// `KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP`, which KVM has on some machines only.
+    fn offers_ring_with_bitmap(&self) -> bool {
+        false
+    }
+
     /// The highest frame that a slot may contain. Default: 52 address bits.
     fn max_gfn(&self) -> Gfn {
         Gfn::containing((1 << 52) - 1)

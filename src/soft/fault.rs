@@ -8,6 +8,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 
 use super::arch::{Access, AccessKind, Denied, GmemPage, GuestView};
+use super::dirty_ring::Ring;
 use super::host;
 use super::memslots::Slot;
 use super::mmu::{Mmu, Spte, Target};
@@ -169,8 +170,16 @@ impl Vm {
         Ok(&spte.target)
     }
 
-    /// A fault at `gfn`. The caller is in an SRCU section, so that no slot it finds goes away under it.
-    pub(super) fn fault(&self, gfn: Gfn, kind: AccessKind, requested: bool, missing: Missing) -> Fault {
+    /// A fault at `gfn`, by the vCPU with that dirty ring. The caller is in an SRCU section, so that no slot it finds goes away
+    /// under it.
+    pub(super) fn fault(
+        &self,
+        gfn: Gfn,
+        kind: AccessKind,
+        requested: bool,
+        missing: Missing,
+        ring: Option<&Ring>,
+    ) -> Fault {
         let seq = self.mmu().seq();
         let attribute = self.is_private(gfn);
         let private = self.arch().access_is_private(requested, attribute && missing != Missing::StaleMmio);
@@ -220,7 +229,7 @@ impl Vm {
         }
         if !readonly {
             // Whoever can write is taken to do so, whatever kind of access this is.
-            slot.mark_dirty(gfn);
+            self.mark_dirty(&slot, gfn, ring);
         }
         mmu.map(gfn, Spte { target, private, writable: !readonly });
         Fault::Mapped

@@ -10,12 +10,13 @@ use nix::errno::Errno;
 
 use super::arch::{AccessKind, Denied, Step};
 use super::counters::Call;
+use super::dirty_ring::Ring;
 use super::emulate::{Emulation, Fragment};
 use super::fault::{Data, Fault, Missing, View, Walk};
 use super::ops::{GuestOp, OpResult, Running};
 use super::vm::Vm;
 use crate::addr::{Gfn, GfnRange, Gpa, PAGE_SIZE};
-use crate::hypervisor::{Exit, HypercallExit, MemoryFault, Mmio, PreFaultMemory, Vcpu};
+use crate::hypervisor::{DirtyRingMemory, Exit, HypercallExit, MemoryFault, Mmio, PreFaultMemory, Vcpu};
 
 /// `KVM_HC_MAP_GPA_RANGE` as a bit of `KVM_CAP_EXIT_HYPERCALL`.
 pub(super) const MAP_GPA_RANGE_BIT: u64 = 1 << HypercallExit::MAP_GPA_RANGE;
@@ -50,6 +51,7 @@ enum Stop {
     MmioRead(u64, usize),
     MmioWrite(u64, usize),
     EmulationFailure,
+    RingFull,
 }
 
 /// How a piece of memory access ended.
@@ -57,6 +59,7 @@ enum Piece {
     Done,
     Mmio,
     Exception,
+    RingFull,
 }
 
 /// Makes a vCPU leave the guest: `kvm_run.immediate_exit` and a signal in one. While it is set, `run` returns `EINTR` as soon
@@ -88,11 +91,13 @@ pub struct SoftVcpu {
     mmio: [u8; MMIO_BYTES],
     hypercall_ret: u64,
     emulation: Option<Emulation>,
+    ring: Option<Arc<Ring>>,
 }
 
 impl SoftVcpu {
     pub(super) fn new(vm: Arc<Vm>) -> Self {
         let index = vm.next_vcpu();
+        let ring = vm.rings.create();
         Self {
             vm,
             index,
@@ -103,6 +108,7 @@ impl SoftVcpu {
             mmio: [0; MMIO_BYTES],
             hypercall_ret: 0,
             emulation: None,
+            ring,
         }
     }
 
@@ -132,6 +138,11 @@ impl SoftVcpu {
 
     fn interrupted(&self) -> Result<(), Errno> {
         if self.interrupt.is_set() { Err(Errno::EINTR) } else { Ok(()) }
+    }
+
+    /// `kvm_dirty_ring_check_request()`.
+    fn ring_full(&self) -> bool {
+        self.ring.as_ref().is_some_and(|ring| ring.soft_full())
     }
 
     fn finish(&mut self, result: OpResult) {
@@ -197,6 +208,9 @@ impl SoftVcpu {
         self.vm.arch().may_run()?;
         while let Some(running) = &self.running {
             self.vm.check_alive()?;
+            if self.ring_full() {
+                return Ok(Stop::RingFull);
+            }
             let stop = match (&running.op, running.memory()) {
                 (GuestOp::Read { .. } | GuestOp::Write { .. }, Some((gpa, len @ 1..=INSTRUCTION_BYTES, private))) => {
                     self.instruction_access(gpa, len, private)?
@@ -246,6 +260,7 @@ impl SoftVcpu {
             Err(fault) => return Ok(Some(Stop::Fault(fault))),
             Ok(Piece::Done) if output.is_some() => self.absorb(&output.unwrap_or_default()),
             Ok(Piece::Done) => self.absorb(&input),
+            Ok(Piece::RingFull) => return Ok(Some(Stop::RingFull)),
             Ok(Piece::Exception) => self.finish(OpResult::Exception),
             Ok(Piece::Mmio) if fetch => return Ok(Some(self.emulation_failure())),
             Ok(Piece::Mmio) => return Ok(Some(self.emulated(at.get(), size.min(MMIO_BYTES), output.as_deref()))),
@@ -268,6 +283,8 @@ impl SoftVcpu {
                 Walk::Fault(missing) => {
                     let Some((gfn, _, data)) = pieces.get(index) else { return Err(Errno::EIO) };
                     match self.fault(*gfn, data.kind(), private, missing)? {
+                        // It goes into the guest again, to repeat the access, if there is room for another page.
+                        Ok(()) if self.ring_full() => return Ok(Ok(Piece::RingFull)),
                         Ok(()) => {}
                         Err(Fault::Exit(fault)) => return Ok(Err(fault)),
                         Err(Fault::BadAddress) => return Err(Errno::EFAULT),
@@ -283,7 +300,7 @@ impl SoftVcpu {
     fn fault(&self, gfn: Gfn, kind: AccessKind, private: bool, missing: Missing) -> Result<Result<(), Fault>, Errno> {
         let fault = {
             let _srcu = self.vm.srcu.enter();
-            self.vm.fault(gfn, kind, private, missing)
+            self.vm.fault(gfn, kind, private, missing, self.ring.as_deref())
         };
         match fault {
             Fault::Mapped => Ok(Ok(())),
@@ -318,9 +335,10 @@ impl SoftVcpu {
         match self.touch(&mut pieces, private)? {
             Err(fault) => return Ok(Some(Stop::Fault(fault))),
             Ok(Piece::Exception) => self.finish(OpResult::Exception),
+            Ok(Piece::RingFull) => return Ok(Some(Stop::RingFull)),
             Ok(Piece::Done) => self.absorb_last(&output.unwrap_or(input)),
             Ok(Piece::Mmio) => {
-                self.emulation = Some(self.vm.emulate(gpa, output.as_deref(), size));
+                self.emulation = Some(self.vm.emulate(gpa, output.as_deref(), size, self.ring.as_deref()));
                 return Ok(self.emulation_step());
             }
         }
@@ -420,7 +438,8 @@ impl SoftVcpu {
         loop {
             self.interrupted()?;
             self.vm.check_alive()?;
-            match self.vm.fault(gfn, AccessKind::Read, self.vm.is_private(gfn), Missing::Plain) {
+            let private = self.vm.is_private(gfn);
+            match self.vm.fault(gfn, AccessKind::Read, private, Missing::Plain, self.ring.as_deref()) {
                 Fault::Mapped => return Ok(()),
                 Fault::Retry => std::thread::yield_now(),
                 Fault::SlotInvalid => return Err(Errno::EAGAIN),
@@ -465,7 +484,15 @@ impl Vcpu for SoftVcpu {
             Stop::MmioWrite(gpa, len) => {
                 Exit::Mmio(Mmio::Write { gpa, data: self.mmio.get(..len).unwrap_or_default() })
             }
+            Stop::RingFull => Exit::DirtyRingFull,
             Stop::EmulationFailure => Exit::InternalError { suberror: Some(EMULATION) },
         })
+    }
+
+    fn dirty_ring(&self, bytes: u32) -> Result<Box<dyn DirtyRingMemory>, Errno> {
+        match &self.ring {
+            Some(ring) if bytes == self.vm.rings.bytes() => Ok(Box::new(ring.memory())),
+            _ => Err(Errno::EINVAL),
+        }
     }
 }

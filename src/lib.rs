@@ -14,6 +14,7 @@
 //! | [`hypervisor`] | the seam to KVM, and the real one behind it |
 //! | [`soft`] | the software KVM |
 //! | [`convert`] | page state changes: request, plan, commit |
+//! | [`edit`] | changes of the layout: draft, plan, commit |
 //! | [`prefault`] | memory ahead of use |
 //! | [`memory`] | the facade |
 //! | [`exits`] | from a vCPU's exit to what the VMM must do |
@@ -39,6 +40,7 @@
 pub mod addr;
 pub mod backing;
 pub mod convert;
+pub mod edit;
 pub mod exits;
 pub mod gmem;
 pub mod hypervisor;

@@ -18,6 +18,7 @@ const LAYERS: &[&str] = &[
     "hypervisor",
     "soft",
     "convert",
+    "edit",
     "prefault",
     "memory",
     "exits",

@@ -14,6 +14,7 @@
 //! | [`hypervisor`] | the seam to KVM, and the real one behind it |
 //! | [`soft`] | the software KVM |
 //! | [`convert`] | page state changes: request, plan, commit |
+//! | [`gate`] | keeps vCPUs out while memory is in flux |
 //! | [`edit`] | changes of the layout: draft, plan, commit |
 //! | [`prefault`] | memory ahead of use |
 //! | [`memory`] | the facade |
@@ -42,6 +43,7 @@ pub mod backing;
 pub mod convert;
 pub mod edit;
 pub mod exits;
+pub mod gate;
 pub mod gmem;
 pub mod hypervisor;
 pub mod layout;

@@ -18,6 +18,7 @@ const LAYERS: &[&str] = &[
     "hypervisor",
     "soft",
     "convert",
+    "gate",
     "edit",
     "prefault",
     "memory",
@@ -30,6 +31,7 @@ const VENDORS: &[&str] = &["sev", "snp", "tdx", "amd", "intel", "rmp", "sept", "
 /// Files in which unsafe code is allowed, and no others.
 const UNSAFE: &[&str] = &[
     "src/backing/shared.rs",
+    "src/gate/signal.rs",
     "src/gmem/residency.rs",
     "src/hypervisor/kvm/exit.rs",
     "src/hypervisor/kvm/gmem.rs",

@@ -12,6 +12,7 @@
 //! [facade](crate::memory::CvmMemory::edit) ties all of that together. Mirrors `KVM_SET_USER_MEMORY_REGION2`
 //! (`kvm_set_memory_region()` in `virt/kvm/kvm_main.c`).
 
+mod commit;
 mod draft;
 mod error;
 mod ids;
@@ -22,6 +23,7 @@ mod region;
 mod sweep;
 mod tile;
 
+pub use commit::{Effects, Failed, Harvest, commit};
 pub use draft::{Draft, Nested, Operation};
 pub use error::{Hazard, Label, PlanError, Reason, Refused};
 pub use plan::{Plan, Prefer, Step, plan};

@@ -276,7 +276,8 @@ fn assign(pieces: &[Piece], old: &[Old], prefer: Prefer, limit: u64, stuck: &[us
     for of in finals.iter_mut().filter(|of| of.old.is_none()) {
         let same = movers.at(of.region.hva).find(|&at| {
             let same = |old: &Old| old.region.gfns.pages() == of.region.gfns.pages();
-            taken.get(at) == Some(&false) && old.get(at).is_some_and(|old| same(old) && movable(&old.region, &of.region))
+            taken.get(at) == Some(&false)
+                && old.get(at).is_some_and(|old| same(old) && movable(&old.region, &of.region))
         });
         if let Some((at, taken)) = same.and_then(|at| Some((at, taken.get_mut(at)?))) {
             *taken = true;

@@ -64,20 +64,21 @@ impl Region {
     pub fn continues(&self, next: &Self) -> bool {
         self.gfns.end() == next.gfns.start()
             && self.flags == next.flags
-            && self.shifted(self.gfns.pages()).is_some_and(|end| {
-                (end.hva, end.mapping, end.binding) == (next.hva, next.mapping, next.binding)
-            })
+            && self
+                .shifted(self.gfns.pages())
+                .is_some_and(|end| (end.hva, end.mapping, end.binding) == (next.hva, next.mapping, next.binding))
     }
 
-    /// Whether both, where they overlap, are the same memory in a way that KVM lets a slot keep: flags may differ only in
-    /// the dirty log.
-    pub(super) fn agrees(&self, other: &Self) -> bool {
+    /// Whether both have the same memory, shared and private, at a frame that both have.
+    pub fn same_memory(&self, other: &Self) -> bool {
         let (low, high) = if self.gfns.start() <= other.gfns.start() { (self, other) } else { (other, self) };
+        let low = high.gfns.start().pages_from(low.gfns.start()).and_then(|skip| low.shifted(skip));
+        low.is_some_and(|low| (low.hva, low.mapping, low.binding) == (high.hva, high.mapping, high.binding))
+    }
+
+    /// Whether a slot can stay while the flags change: they may differ only in the dirty log.
+    pub(super) fn agrees(&self, other: &Self) -> bool {
         let fixed = |flags: SlotFlags| flags.difference(SlotFlags::LOG_DIRTY);
-        let Some(skip) = high.gfns.start().pages_from(low.gfns.start()) else { return false };
-        fixed(low.flags) == fixed(high.flags)
-            && low
-                .shifted(skip)
-                .is_some_and(|low| (low.hva, low.mapping, low.binding) == (high.hva, high.mapping, high.binding))
+        fixed(self.flags) == fixed(other.flags) && self.same_memory(other)
     }
 }

@@ -229,11 +229,7 @@ impl Layout {
     ///
     /// # Errors
     /// [`LayoutError::UnknownSlot`]; else as [`insert_all`](Self::insert_all).
-    pub fn replace(
-        &mut self,
-        removed: &[SlotId],
-        added: impl IntoIterator<Item = Memslot>,
-    ) -> Result<(), LayoutError> {
+    pub fn replace(&mut self, removed: &[SlotId], added: impl IntoIterator<Item = Memslot>) -> Result<(), LayoutError> {
         let mut gone = removed.to_vec();
         gone.sort_unstable();
         if let Some(&id) = gone.iter().find(|id| self.table.get(**id).is_none()) {

@@ -1,5 +1,6 @@
 //! Drafts and plans against a model of single pages, and against every other way to do the same.
 
+mod commits;
 mod drafts;
 mod model;
 mod moves;

@@ -34,9 +34,8 @@ fn best(old: &[Slot], wanted: &[Page], prefer: Prefer) -> (u64, u64) {
             gaps += u64::from(below.is_none_or(|below| below.page + 1 != page.page));
         }
         let calls = deleted + moving.len() as u64 + gaps;
-        let stays = |at: u64| {
-            kept.iter().zip(&targets).any(|(slot, to)| slot == to && (slot.start..slot.end()).contains(&at))
-        };
+        let stays =
+            |at: u64| kept.iter().zip(&targets).any(|(slot, to)| slot == to && (slot.start..slot.end()).contains(&at));
         let was = |at: u64| old.iter().any(|slot| (slot.start..slot.end()).contains(&at));
         let interrupted = (0..wanted.len() as u64).filter(|at| wanted[usize::try_from(*at).unwrap()].is_some());
         let interrupted = interrupted.filter(|at| was(*at) && !stays(*at)).count() as u64;
@@ -105,10 +104,15 @@ fn memory_changes_places() {
             let plan = plan(&layout, &draft, prefer).unwrap();
             run(&layout, &plan, &wanted);
             assert_eq!(cost(&plan, prefer), best(&old, &wanted, prefer), "{old:?} to {wanted:?}: {:?}", plan.steps);
-            let same = |slot: &&Memslot| plan.created().any(|new| (new.hva, new.gfns.pages()) == (slot.hva, slot.gfns.pages()));
+            let same = |slot: &&Memslot| {
+                plan.created().any(|new| (new.hva, new.gfns.pages()) == (slot.hva, slot.gfns.pages()))
+            };
             moves += usize::from(plan.steps.iter().any(|step| step.kind() == "move"));
             circles += usize::from(
-                plan.steps.iter().filter_map(|s| if let Step::Delete(slot) = s { Some(slot) } else { None }).any(|s| same(&s)),
+                plan.steps
+                    .iter()
+                    .filter_map(|s| if let Step::Delete(slot) = s { Some(slot) } else { None })
+                    .any(|s| same(&s)),
             );
         }
     }

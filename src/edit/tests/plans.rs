@@ -6,12 +6,8 @@ use super::*;
 const PREFERENCES: [Prefer; 2] = [Prefer::FewSlots, Prefer::NoInterruption];
 
 /// What a slot or a page may be: ordinary, logged, read-only, or other memory.
-const KINDS: [(u64, SlotFlags); 4] = [
-    (0, SlotFlags::empty()),
-    (0, SlotFlags::LOG_DIRTY),
-    (0, SlotFlags::READONLY),
-    (100, SlotFlags::empty()),
-];
+const KINDS: [(u64, SlotFlags); 4] =
+    [(0, SlotFlags::empty()), (0, SlotFlags::LOG_DIRTY), (0, SlotFlags::READONLY), (100, SlotFlags::empty())];
 
 fn slots(geometry: &[(u64, u64)], kinds: &[usize]) -> Vec<Slot> {
     let slot = |(&(start, end), &kind): (&(u64, u64), &usize)| {
@@ -86,7 +82,9 @@ fn every_geometry_to_every_other() {
 /// The same with slots and pages of two kinds, logged or not, slots ending where they may: of 1.5 million pairs every 31st,
 /// in another order for each kind of difference. All of them with `--ignored`.
 fn kinds_of_slots(kinds: [usize; 2], step: usize) {
-    let pages: Vec<_> = sequences(6, 3).map(|page| page.iter().map(|k| kinds.get(*k).copied().unwrap_or(9)).collect()).collect::<Vec<Vec<_>>>();
+    let pages: Vec<_> = sequences(6, 3)
+        .map(|page| page.iter().map(|k| kinds.get(*k).copied().unwrap_or(9)).collect())
+        .collect::<Vec<Vec<_>>>();
     let mut turn = 0_usize;
     for geometry in geometries().iter().filter(|slots| slots.len() <= 5) {
         for of_slots in sequences(geometry.len(), 2) {

@@ -190,7 +190,9 @@ fn s05_more_slots_than_ids_is_an_error_and_nothing_else() {
     let layout = layout_of(limits, &slots);
     let more = |count: u64| {
         let mut draft = draft_of(&layout);
-        draft.apply_all((100..100 + count).map(|at| Operation::Create(ram_region(2 * at, 2 * at + 1))).collect()).unwrap();
+        draft
+            .apply_all((100..100 + count).map(|at| Operation::Create(ram_region(2 * at, 2 * at + 1))).collect())
+            .unwrap();
         plan(&layout, &draft, Prefer::FewSlots)
     };
     assert_eq!(more(4).unwrap().layout.table().len(), 20);
@@ -225,7 +227,12 @@ fn a_segment_of_rom_shadow() {
     let mut draft = draft_of(&layout);
     draft.apply(Operation::SetFlags(gfns(0xd0, 0xe0), SlotFlags::READONLY)).unwrap();
     let shadowed = plan(&layout, &draft, Prefer::NoInterruption).unwrap();
-    let steps = [("delete", gfns(0, 0x100)), ("create", gfns(0, 0xd0)), ("create", gfns(0xd0, 0xe0)), ("create", gfns(0xe0, 0x100))];
+    let steps = [
+        ("delete", gfns(0, 0x100)),
+        ("create", gfns(0, 0xd0)),
+        ("create", gfns(0xd0, 0xe0)),
+        ("create", gfns(0xe0, 0x100)),
+    ];
     assert_eq!(frames(&shadowed), steps);
     let mut draft = draft_of(&shadowed.layout);
     draft.apply(Operation::SetFlags(gfns(0xd0, 0xe0), SlotFlags::empty())).unwrap();

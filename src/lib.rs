@@ -15,6 +15,8 @@
 //! | [`soft`] | the software KVM |
 //! | [`dirty`] | which memory was written |
 //! | [`convert`] | page state changes: request, plan, commit |
+//! | [`gate`] | keeps vCPUs out while memory is in flux |
+//! | [`edit`] | changes of the layout: draft, plan, commit |
 //! | [`prefault`] | memory ahead of use |
 //! | [`memory`] | the facade |
 //! | [`exits`] | from a vCPU's exit to what the VMM must do |
@@ -41,7 +43,9 @@ pub mod addr;
 pub mod backing;
 pub mod convert;
 pub mod dirty;
+pub mod edit;
 pub mod exits;
+pub mod gate;
 pub mod gmem;
 pub mod hypervisor;
 pub mod layout;

@@ -20,6 +20,8 @@ const LAYERS: &[&str] = &[
     "soft",
     "dirty",
     "convert",
+    "gate",
+    "edit",
     "prefault",
     "memory",
     "exits",
@@ -31,6 +33,7 @@ const VENDORS: &[&str] = &["sev", "snp", "tdx", "amd", "intel", "rmp", "sept", "
 /// Files in which unsafe code is allowed, and no others.
 const UNSAFE: &[&str] = &[
     "src/backing/shared.rs",
+    "src/gate/signal.rs",
     "src/gmem/residency.rs",
     "src/hypervisor/dirty_log.rs",
     "src/hypervisor/kvm/exit.rs",

@@ -43,7 +43,7 @@ pub mod rmp;
 mod uapi;
 pub mod vmsa;
 
-use cvm_memory::hypervisor::{Platform, VmType};
+use cvm_memory::hypervisor::{Hazards, Platform, VmType};
 
 /// `KVM_X86_SNP_VM`: private memory, of which each access says by itself whether it is private (the C-bit). A guest that is
 /// answered `EAGAIN` to a page state change does not ask again.
@@ -60,4 +60,10 @@ pub const SNP: Platform = Platform {
     private_memory: true,
     accesses_carry_privacy: true,
     guest_retries: false,
+    hazards: Hazards {
+        slot_delete_loses_private: false,
+        vcpu_state_in_private_memory: true,
+        pages_keep_their_frame: true,
+        holes_stick: true,
+    },
 };

@@ -273,6 +273,7 @@ impl Tagged {
         private_memory: true,
         accesses_carry_privacy: true,
         guest_retries: true,
+        hazards: crate::hypervisor::Hazards::NONE,
     };
 }
 

@@ -6,7 +6,7 @@
 
 use std::fmt;
 
-use cvm_memory::hypervisor::{Hypervisor, Platform, Vcpu, VmType};
+use cvm_memory::hypervisor::{Hazards, Hypervisor, Platform, Vcpu, VmType};
 use kvm_bindings::kvm_cpuid_entry2;
 use nix::errno::Errno;
 
@@ -21,6 +21,12 @@ pub const PLATFORM: Platform = Platform {
     accesses_carry_privacy: true,
     // A guest that is told RETRY asks again from where the answer says.
     guest_retries: true,
+    hazards: Hazards {
+        slot_delete_loses_private: true,
+        vcpu_state_in_private_memory: false,
+        pages_keep_their_frame: false,
+        holes_stick: true,
+    },
 };
 
 /// A command that failed.

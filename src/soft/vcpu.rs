@@ -45,6 +45,8 @@ enum Stop {
     MmioRead(u64, usize),
     MmioWrite(u64, usize),
     EmulationFailure,
+    FailEntry(u64),
+    Other(u32),
 }
 
 /// How a piece of memory access ended.
@@ -172,8 +174,13 @@ impl SoftVcpu {
         }
         self.interrupted()?;
         self.vm.arch().may_run()?;
-        while let Some(running) = &self.running {
+        while self.running.is_some() {
             self.vm.check_alive()?;
+            self.load_state()?;
+            if let Some(reason) = self.vm.arch().entry_failure(self.index) {
+                return Ok(Stop::FailEntry(reason));
+            }
+            let Some(running) = &self.running else { break };
             let stop = match (&running.op, running.memory()) {
                 (_, Some((gpa, len, private))) => self.memory_step(gpa, len, private)?,
                 (GuestOp::Hypercall { nr, args }, _) => {
@@ -191,6 +198,22 @@ impl SoftVcpu {
             }
         }
         Ok(Stop::Halt)
+    }
+
+    /// Looks up the page that holds the vCPU's state, where the platform asks for that.
+    fn load_state(&self) -> Result<(), Errno> {
+        while let Some(gfn) = self.vm.arch().state_page(self.index) {
+            self.interrupted()?;
+            let found = {
+                let _srcu = self.vm.srcu.enter();
+                self.vm.state_page(gfn)
+            };
+            match found {
+                Err(Errno::EAGAIN) => std::thread::yield_now(),
+                found => self.vm.arch().state_page_found(self.index, found),
+            }
+        }
+        Ok(())
     }
 
     /// The part of a memory operation that lies in one page.
@@ -313,13 +336,18 @@ impl SoftVcpu {
 
     fn instruction_step(&mut self, nr: u64, args: [u64; 4]) -> Result<Option<Stop>, Errno> {
         let Some(running) = &mut self.running else { return Ok(None) };
-        let instruction = running.instruction(self.index, nr, args);
+        let map_gpa_exits = self.vm.exit_hypercall.load(Ordering::Acquire) & MAP_GPA_RANGE_BIT != 0;
+        let instruction = running.instruction(self.index, nr, args, map_gpa_exits);
         running.round = running.round.saturating_add(1);
         running.answer = None;
         let step = self.vm.arch().instruction(&View(&self.vm.mmu()), &instruction);
         match step {
             Step::Done(value) => self.finish(OpResult::Instruction(value)),
             Step::Exception => self.finish(OpResult::Exception),
+            Step::Exit(reason) => {
+                self.finish(OpResult::Done);
+                return Ok(Some(Stop::Other(reason)));
+            }
             Step::Hypercall { nr, args } => return Ok(Some(self.hypercall_exit(nr, args))),
             Step::KillVm => {
                 self.vm.kill();
@@ -392,6 +420,8 @@ impl Vcpu for SoftVcpu {
                 Exit::Mmio(Mmio::Write { gpa, data: self.mmio.get(..len).unwrap_or_default() })
             }
             Stop::EmulationFailure => Exit::InternalError { suberror: Some(EMULATION) },
+            Stop::FailEntry(reason) => Exit::FailEntry { reason, cpu: 0 },
+            Stop::Other(reason) => Exit::Other(Some(reason)),
         })
     }
 }

@@ -235,6 +235,18 @@ impl Vm {
         Fault::Mapped
     }
 
+    /// The page at `gfn` for the state of a vCPU, as a platform's own code looks it up: whatever the attribute says, and not
+    /// waiting for a slot that is being replaced. `EAGAIN` while the frame is being invalidated. The caller is in an SRCU section.
+    pub(super) fn state_page(&self, gfn: Gfn) -> Result<GmemPage, Errno> {
+        let seq = self.mmu().seq();
+        let slot = self.slots().find(0, gfn).filter(|slot| !slot.invalid).cloned().ok_or(Errno::ENOENT)?;
+        let target = self.gmem_pfn(&slot, gfn)?;
+        if self.mmu().must_retry(seq, gfn) {
+            return Err(Errno::EAGAIN);
+        }
+        target.gmem_page().ok_or(Errno::EFAULT)
+    }
+
     /// `kvm_gmem_get_pfn()`.
     fn gmem_pfn(&self, slot: &Arc<Slot>, gfn: Gfn) -> Result<Target, Errno> {
         let held = slot.file.as_ref().ok_or(Errno::EFAULT)?;

@@ -149,6 +149,11 @@ impl SoftVm {
         SoftVcpu::new(Arc::clone(&self.vm))
     }
 
+    /// How many vCPUs have been created.
+    pub fn vcpus(&self) -> u32 {
+        self.vm.vcpu_count()
+    }
+
     /// Marks the VM as dead, as a bug in KVM would: every later ioctl gives `EIO`. Files still work.
     pub fn kill(&self) {
         self.vm.kill();

@@ -52,6 +52,8 @@ enum Stop {
     MmioWrite(u64, usize),
     EmulationFailure,
     RingFull,
+    FailEntry(u64),
+    Other(u32),
 }
 
 /// How a piece of memory access ended.
@@ -206,11 +208,16 @@ impl SoftVcpu {
         }
         self.interrupted()?;
         self.vm.arch().may_run()?;
-        while let Some(running) = &self.running {
+        while self.running.is_some() {
             self.vm.check_alive()?;
             if self.ring_full() {
                 return Ok(Stop::RingFull);
             }
+            self.load_state()?;
+            if let Some(reason) = self.vm.arch().entry_failure(self.index) {
+                return Ok(Stop::FailEntry(reason));
+            }
+            let Some(running) = &self.running else { break };
             let stop = match (&running.op, running.memory()) {
                 (GuestOp::Read { .. } | GuestOp::Write { .. }, Some((gpa, len @ 1..=INSTRUCTION_BYTES, private))) => {
                     self.instruction_access(gpa, len, private)?
@@ -231,6 +238,22 @@ impl SoftVcpu {
             }
         }
         Ok(Stop::Halt)
+    }
+
+    /// Looks up the page that holds the vCPU's state, where the platform asks for that.
+    fn load_state(&self) -> Result<(), Errno> {
+        while let Some(gfn) = self.vm.arch().state_page(self.index) {
+            self.interrupted()?;
+            let found = {
+                let _srcu = self.vm.srcu.enter();
+                self.vm.state_page(gfn)
+            };
+            match found {
+                Err(Errno::EAGAIN) => std::thread::yield_now(),
+                found => self.vm.arch().state_page_found(self.index, found),
+            }
+        }
+        Ok(())
     }
 
     /// The part of a memory operation that lies in one page.
@@ -404,14 +427,18 @@ impl SoftVcpu {
 
     fn instruction_step(&mut self, nr: u64, args: [u64; 4]) -> Result<Option<Stop>, Errno> {
         let Some(running) = &mut self.running else { return Ok(None) };
-        let exit_hypercall = self.vm.exit_hypercall.load(Ordering::Acquire);
-        let instruction = running.instruction(self.index, nr, args, exit_hypercall);
+        let map_gpa_exits = self.vm.exit_hypercall.load(Ordering::Acquire) & MAP_GPA_RANGE_BIT != 0;
+        let instruction = running.instruction(self.index, nr, args, map_gpa_exits);
         running.round = running.round.saturating_add(1);
         running.answer = None;
         let step = self.vm.arch().instruction(&View(&self.vm.mmu()), &instruction);
         match step {
             Step::Done(value) => self.finish(OpResult::Instruction(value)),
             Step::Exception => self.finish(OpResult::Exception),
+            Step::Exit(reason) => {
+                self.finish(OpResult::Done);
+                return Ok(Some(Stop::Other(reason)));
+            }
             Step::Hypercall { nr, args } => return Ok(Some(self.hypercall_exit(nr, args))),
             Step::KillVm => {
                 self.vm.kill();
@@ -486,6 +513,8 @@ impl Vcpu for SoftVcpu {
             }
             Stop::RingFull => Exit::DirtyRingFull,
             Stop::EmulationFailure => Exit::InternalError { suberror: Some(EMULATION) },
+            Stop::FailEntry(reason) => Exit::FailEntry { reason, cpu: 0 },
+            Stop::Other(reason) => Exit::Other(Some(reason)),
         })
     }
 

@@ -129,6 +129,10 @@ impl Vm {
         self.vcpus.fetch_add(1, Ordering::Relaxed)
     }
 
+    pub(super) fn vcpu_count(&self) -> u32 {
+        self.vcpus.load(Ordering::Relaxed)
+    }
+
     pub(super) fn observe(&self, observer: Option<Observer>) {
         *write(&self.observer) = observer;
     }

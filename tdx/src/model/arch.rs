@@ -213,7 +213,7 @@ impl TdArch {
         let next = match (instruction.answer, &mut cpu.request) {
             (Some(ret), Some(request)) => request.answered(ret, cpu.interrupted),
             _ => {
-                let exits = instruction.exit_hypercall & 1 << HypercallExit::MAP_GPA_RANGE != 0;
+                let exits = instruction.map_gpa_exits;
                 match MapGpa::start(width, address, size, exits) {
                     Ok((request, next)) => {
                         cpu.request = Some(request);

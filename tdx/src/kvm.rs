@@ -2,18 +2,18 @@
 //!
 //! Implemented on the generic crate's own types, so that a launcher keeps the VM and the vCPUs that it has. Needs a TDX
 //! machine: where there is none, creating a VM of this type is refused, and no line of this file has run on one.
-#![allow(unsafe_code, reason = "KVM_MEMORY_ENCRYPT_OP takes addresses; kvm_run's union is read here")]
+#![allow(unsafe_code, reason = "KVM_MEMORY_ENCRYPT_OP takes addresses")]
 
 use std::os::fd::AsRawFd;
 
 use cvm_memory::hypervisor::kvm::{KvmVcpu, KvmVm};
-use kvm_bindings::{KVMIO, kvm_cpuid_entry2, kvm_run};
+use kvm_bindings::{KVMIO, kvm_cpuid_entry2};
 use nix::errno::Errno;
 use nix::libc::c_ulong;
 
 use crate::mechanism::{Capabilities, Failure, InitVm, TdVcpu, TdVm};
 use crate::uapi::{
-    self, Command, CommandId, Cpuid, InitMemRegion, MAX_CPUID_ENTRIES, MEASURE_MEMORY_REGION, ROOM_FOR_CPUID, TdxExit,
+    self, Command, CommandId, Cpuid, InitMemRegion, MAX_CPUID_ENTRIES, MEASURE_MEMORY_REGION, ROOM_FOR_CPUID,
 };
 
 nix::ioctl_readwrite! {
@@ -121,52 +121,4 @@ impl TdVcpu for KvmVcpu {
         unsafe { command(self.fd(), CommandId::GetCpuid, 0, address(argument.as_mut())) }?;
         Ok(argument.used().to_vec())
     }
-}
-
-/// What a TD asks of userspace in a `KVM_EXIT_TDX`. Addresses in bytes, without the shared bit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum TdVmCall {
-    /// Which optional TDVMCALLs there are.
-    GetTdVmCallInfo {
-        /// The leaf; 1.
-        leaf: u64,
-    },
-    /// A quote for the report in shared memory.
-    GetQuote {
-        /// Where.
-        gpa: u64,
-        /// Its size in bytes.
-        size: u64,
-    },
-    /// The vector by which the guest wants to hear of events.
-    SetupEventNotifyInterrupt {
-        /// Which.
-        vector: u64,
-    },
-    /// Any other, by number.
-    Other(u64),
-}
-
-impl From<&TdxExit> for TdVmCall {
-    fn from(exit: &TdxExit) -> Self {
-        let [first, second, ..] = exit.data;
-        match exit.nr {
-            uapi::GET_TD_VM_CALL_INFO => Self::GetTdVmCallInfo { leaf: first },
-            uapi::GET_QUOTE => Self::GetQuote { gpa: first, size: second },
-            uapi::SETUP_EVENT_NOTIFY_INTERRUPT => Self::SetupEventNotifyInterrupt { vector: first },
-            other => Self::Other(other),
-        }
-    }
-}
-
-/// The TDX part of `kvm_run` after an exit with [`uapi::EXIT_TDX`], `None` after any other. What is written to `ret` and
-/// `data` reaches the guest with the next run.
-pub fn tdx_exit(run: &mut kvm_run) -> Option<&mut TdxExit> {
-    if run.exit_reason != uapi::EXIT_TDX {
-        return None;
-    }
-    let union = &raw mut run.__bindgen_anon_1;
-    // SAFETY: the union is 256 bytes of plain integers, all of them initialised since the page is KVM's, and lies at offset
-    // 32 of a page: aligned and long enough for eight words. The borrow of `run` keeps everybody else out meanwhile.
-    Some(unsafe { &mut *union.cast::<TdxExit>() })
 }

@@ -1,69 +1,86 @@
-//! Firmware into a confidential VM's private memory, and what the VM is going to be measured as.
+//! Puts real firmware into private memory and says what the guest's owner will see: the digest of its attestation report.
+//!
+//! The digest is predicted from the image alone, then the image is launched: on KVM where it offers such VMs, else on the
+//! software KVM with a model of the firmware, and the output says which. What is particular to a platform is in its file.
 //!
 //! ```text
 //! cargo run --release --example launch -- --platform tdx --firmware OVMF.fd
-//! cargo run --release --example launch -- --platform tdx --firmware OVMF.fd --backend kvm    # on a TDX machine
 //! ```
-//!
-//! It stops where the guest would run: a firmware needs devices, which are a VMM's business.
 
+mod args;
 mod td;
 
 use std::error::Error;
-use std::path::PathBuf;
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
-use clap::{Parser, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+
+use args::{Args, PlatformChoice};
 
 type Failure = Box<dyn Error + Send + Sync>;
 
-/// Puts a firmware image into the private memory of a confidential VM and finishes its launch.
-#[derive(Debug, Parser)]
-#[command(name = "launch")]
-struct Args {
-    /// The kind of confidential VM.
-    #[arg(long, value_enum)]
-    platform: Platform,
-    /// The firmware image, whole: code and variables.
-    #[arg(long)]
-    firmware: PathBuf,
-    /// Who builds the VM.
-    #[arg(long, value_enum, default_value_t = Backend::Soft)]
-    backend: Backend,
-    /// Guest memory below the firmware, in MiB.
-    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u64).range(16..=2048))]
-    memory: u64,
-    /// vCPUs.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
-    vcpus: u16,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Platform {
-    /// A trust domain.
-    Tdx,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Backend {
-    /// The model of the platform, on the software KVM.
-    Soft,
-    /// KVM, on a machine with the platform's hardware.
-    Kvm,
+/// What is printed.
+#[derive(Debug, Serialize)]
+struct Report {
+    platform: &'static str,
+    firmware: String,
+    /// Who ran the launch, and where.
+    backend: &'static str,
+    /// Pages by type.
+    pages: Vec<(String, u64)>,
+    vcpus: u32,
+    /// Computed from the image.
+    predicted_digest: String,
+    /// What the launch ended with.
+    launched_digest: String,
+    /// Why the two differ, or other things to know.
+    notes: Vec<String>,
+    #[serde(skip)]
+    map: String,
 }
 
 fn main() -> ExitCode {
-    let args = Args::parse();
-    let result = match args.platform {
-        Platform::Tdx => td::launch(&args),
+    let args = Args::from_command_line();
+    let launched = match args.platform {
+        PlatformChoice::Tdx => td::run(&args),
     };
-    match result {
+    match launched.and_then(|report| print(&report, args.json)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {}", chain(error.as_ref()));
             ExitCode::FAILURE
         }
     }
+}
+
+fn print(report: &Report, json: bool) -> Result<(), Failure> {
+    if json {
+        println!("{}", serde_json::to_string_pretty(report)?);
+        return Ok(());
+    }
+    let Report { platform, firmware, backend, pages, vcpus, predicted_digest, launched_digest, notes, map } = report;
+    println!("{platform} guest from {firmware}, {vcpus} vCPUs, launched on {backend}");
+    for (name, count) in pages {
+        println!("{count:>8} pages {name}");
+    }
+    println!("predicted {predicted_digest}");
+    println!("launched  {launched_digest}");
+    for note in notes {
+        println!("note: {note}");
+    }
+    println!("{map}");
+    Ok(())
+}
+
+/// A bar for people who watch; nothing for programs.
+fn progress(args: &Args) -> ProgressBar {
+    if args.json || !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let style = ProgressStyle::with_template("{msg:>12} {wide_bar} {pos}/{len} pages {elapsed}");
+    ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
 /// An error with all its causes, on one line.

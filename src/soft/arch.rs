@@ -101,8 +101,8 @@ pub struct Instruction {
     pub round: u64,
     /// What userspace answered to the last [`Step::Hypercall`].
     pub answer: Option<u64>,
-    /// Hypercalls that may exit to userspace, as a bit mask (`KVM_CAP_EXIT_HYPERCALL`).
-    pub exit_hypercall: u64,
+    /// Whether hypercalls for page state changes exit (`KVM_CAP_EXIT_HYPERCALL`).
+    pub map_gpa_exits: bool,
 }
 
 /// Guest memory as the hardware finds it at one moment: mapped, or not.

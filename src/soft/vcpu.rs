@@ -318,8 +318,8 @@ impl SoftVcpu {
 
     fn instruction_step(&mut self, nr: u64, args: [u64; 4]) -> Result<Option<Stop>, Errno> {
         let Some(running) = &mut self.running else { return Ok(None) };
-        let exit_hypercall = self.vm.exit_hypercall.load(Ordering::Acquire);
-        let instruction = running.instruction(self.index, nr, args, exit_hypercall);
+        let map_gpa_exits = self.vm.exit_hypercall.load(Ordering::Acquire) & MAP_GPA_RANGE_BIT != 0;
+        let instruction = running.instruction(self.index, nr, args, map_gpa_exits);
         running.round = running.round.saturating_add(1);
         running.answer = None;
         let step = self.vm.arch().instruction(&View(&self.vm.mmu()), &instruction);

@@ -53,8 +53,8 @@ pub fn tdx_exit(run: &mut kvm_run) -> Option<&mut TdxExit> {
         return None;
     }
     let union = &raw mut run.__bindgen_anon_1;
-    // SAFETY: the union is 256 bytes of plain integers, all of them initialised since the page is KVM's, and lies at offset
-    // 32 of a page: aligned and long enough for eight words. The borrow of `run` keeps everybody else out meanwhile.
+    // SAFETY: the union is 256 bytes of plain integers, initialised as every `kvm_run` is, at offset 32 of a structure that is
+    // aligned to words: aligned and long enough for eight of them. The borrow of `run` keeps everybody else out meanwhile.
     Some(unsafe { &mut *union.cast::<TdxExit>() })
 }
 

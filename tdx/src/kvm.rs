@@ -122,3 +122,27 @@ impl TdVcpu for KvmVcpu {
         Ok(argument.used().to_vec())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As KVM itself says it.
+    #[test]
+    fn a_table_has_room_for_so_many() {
+        let entry = |function| kvm_cpuid_entry2 { function, ..Default::default() };
+        let table = cpuid_table::<2>(&[entry(7), entry(9)]).unwrap();
+        assert_eq!(table.used(), [entry(7), entry(9)]);
+        assert_eq!(cpuid_table::<2>(&[entry(7)]).unwrap().used(), [entry(7)]);
+        assert_eq!(cpuid_table::<2>(&[entry(7); 3]).unwrap_err(), Failure::errno(Errno::E2BIG));
+        // A kernel that says to have filled in more than there is room for.
+        let lie = Cpuid { nent: 9, ..empty_table::<2>() };
+        assert_eq!(lie.used().len(), 2);
+    }
+
+    #[test]
+    fn registers_keep_their_bytes() {
+        let bytes: [u8; 48] = std::array::from_fn(|at| u8::try_from(at).unwrap_or_default());
+        assert_eq!(words(&bytes).map(u64::to_ne_bytes).as_flattened(), bytes);
+    }
+}

@@ -50,6 +50,8 @@ pub struct Args {
 pub enum PlatformChoice {
     /// SEV-SNP.
     Snp,
+    /// TDX.
+    Tdx,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

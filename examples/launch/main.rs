@@ -5,10 +5,12 @@
 //!
 //! ```text
 //! cargo run --release --example launch -- --platform snp --firmware OVMF.fd --cpu EPYC-v4
+//! cargo run --release --example launch -- --platform tdx --firmware OVMF.fd
 //! ```
 
 mod args;
 mod snp;
+mod td;
 
 use std::error::Error;
 use std::io::IsTerminal;
@@ -45,6 +47,7 @@ fn main() -> ExitCode {
     let args = Args::from_command_line();
     let launched = match args.platform {
         PlatformChoice::Snp => snp::run(&args),
+        PlatformChoice::Tdx => td::run(&args),
     };
     match launched.and_then(|report| print(&report, args.json)) {
         Ok(()) => ExitCode::SUCCESS,

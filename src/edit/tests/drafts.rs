@@ -99,9 +99,9 @@ fn operations_do_to_pages_what_they_say() {
             let result = draft.apply(op.clone()).map(|_| ()).ok();
             assert_eq!(result.is_some(), expected.is_some(), "{op:?} on {before:?}");
             if expected.is_some() {
-                done += 1
+                done += 1;
             } else {
-                refused += 1
+                refused += 1;
             }
             assert_eq!(pages_of(&draft), expected.unwrap_or(before), "{op:?}");
         }

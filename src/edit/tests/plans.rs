@@ -92,7 +92,7 @@ fn kinds_of_slots(kinds: [usize; 2], step: usize) {
             let old = slots(geometry, &of_slots);
             for page in &pages {
                 turn += 1;
-                if turn % step == 0 {
+                if turn.is_multiple_of(step) {
                     check(&old, &wanted(page, 9), &[false; 6]);
                 }
             }

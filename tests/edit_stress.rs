@@ -169,7 +169,9 @@ fn stress<G: Guest + Send>(memory: &Arc<CvmMemory>, guests: [(G, Arc<dyn Kick>);
     let visits = visits.map(AtomicU64::into_inner);
     assert!(visits.iter().all(|visits| *visits >= transactions()), "both ran: {visits:?}");
     let edits = transactions();
-    println!("{edits} edits: {calls} calls, {stops} stops (delete-all-add-all: {naive} and {edits}); pages visited: {visits:?}");
+    println!(
+        "{edits} edits: {calls} calls, {stops} stops (delete-all-add-all: {naive} and {edits}); pages visited: {visits:?}"
+    );
 }
 
 fn soft_guests(vm: &SoftVm) -> [(SoftGuest, Arc<dyn Kick>); 2] {

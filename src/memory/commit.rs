@@ -377,21 +377,29 @@ impl Work<'_> {
                 tracing::error!(%error, "undoing an edit: {what}");
             }
         };
-        // After a failure that could not be undone, not everything is as it was: what has come and is there stays known.
+        // After a failure that could not be undone, not everything is as it was: what has come and is there stays, what was
+        // there and is not goes.
         let space = converter.space().clone();
-        let there: Vec<_> = done.mapped.iter().flat_map(|gfns| same_memory(&space, self.next, *gfns)).collect();
-        for gfns in subtract_lists(&done.mapped, &there).into_iter().rev() {
+        let within = |there: &Space, ranges: &[GfnRange]| -> Vec<GfnRange> {
+            ranges.iter().flat_map(|gfns| same_memory(&space, there, *gfns)).collect()
+        };
+        for gfns in subtract_lists(&done.mapped, &within(self.next, &done.mapped)).into_iter().rev() {
             complain("unmap", converter.announce_locked(gfns, self.next, false));
         }
         if done.unmapped {
-            for gfns in subtract_lists(&self.changes.gone, &there) {
+            let mut deleted: Vec<GfnRange> = self.plan.deleted().map(|slot| slot.gfns).collect();
+            deleted.sort_unstable();
+            let kept = subtract_lists(&deleted, &self.changes.gone);
+            for gfns in subtract_lists(&kept, &within(self.current, &kept)) {
+                complain("unmap", converter.announce_locked(gfns, self.current, false));
+            }
+            for gfns in within(self.current, &self.changes.gone) {
                 complain("map", converter.announce_locked(gfns, &space, true));
             }
         }
         let mut fresh = done.fresh.clone();
         fresh.sort_unstable();
-        let there: Vec<_> = fresh.iter().flat_map(|gfns| same_memory(&space, self.next, *gfns)).collect();
-        for gfns in subtract_lists(&fresh, &there).into_iter().rev() {
+        for gfns in subtract_lists(&fresh, &within(self.next, &fresh)).into_iter().rev() {
             complain("forget", converter.forget_locked(gfns));
             if let Err(error) = self.memory.known.remove(gfns) {
                 tracing::error!(%error, "undoing an edit: memory that was not wanted stays known");

@@ -87,7 +87,11 @@ pub struct Runner<G> {
 
 impl<G: Guest> Runner<G> {
     pub fn new(memory: &Arc<CvmMemory>, guest: G, kick: Arc<dyn Kick>) -> Self {
-        let pass = Gate::register(memory.gate(), kick);
+        Self::with_gate(memory, memory.gate(), guest, kick)
+    }
+
+    pub fn with_gate(memory: &Arc<CvmMemory>, gate: &Arc<Gate>, guest: G, kick: Arc<dyn Kick>) -> Self {
+        let pass = Gate::register(gate, kick);
         let exits = VcpuExits::new(Arc::clone(memory));
         Self { guest, pass, exits, unexplained: Vec::new(), completed: 0 }
     }

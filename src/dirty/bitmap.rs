@@ -141,6 +141,40 @@ impl DirtyBitmap {
         Take(Walk::new(self, true))
     }
 
+    /// Takes the written pages of `range` only, in runs, ascending.
+    pub fn take_within(&self, range: FileRange) -> Vec<FileRange> {
+        let mut runs: Vec<FileRange> = Vec::new();
+        let (mut at, end) = (range.start().get(), range.end().get().min(self.pages));
+        while at < end {
+            let line_end = (at / PAGES_PER_LINE).saturating_add(1).saturating_mul(PAGES_PER_LINE);
+            let line = at / PAGES_PER_LINE;
+            let summary = self.summary_word(line).map_or(0, |word| word.load(Ordering::Acquire));
+            // Its bit stays: others may have pages in the line.
+            if summary & mask(line % BITS, 1) == 0 {
+                at = line_end;
+                continue;
+            }
+            let word_end = (at / BITS).saturating_add(1).saturating_mul(BITS).min(end);
+            let wanted = mask(at % BITS, word_end.saturating_sub(at));
+            let word = usize::try_from(at / BITS).ok().and_then(|at| self.words.get(at));
+            let mut bits = word.map_or(0, |word| word.fetch_and(!wanted, Ordering::AcqRel) & wanted);
+            let base = (at / BITS).saturating_mul(BITS);
+            while bits != 0 {
+                let skip = u64::from(bits.trailing_zeros());
+                let ones = u64::from((bits >> skip).trailing_ones());
+                bits &= !mask(skip, ones);
+                let start = base.saturating_add(skip);
+                let Some(run) = self::range((start, start.saturating_add(ones))) else { continue };
+                match runs.last_mut() {
+                    Some(last) if last.end() == run.start() => *last = last.hull(&run),
+                    _ => runs.push(run),
+                }
+            }
+            at = word_end;
+        }
+        runs
+    }
+
     /// Forgets all written pages.
     pub fn clear(&self) {
         self.take().for_each(drop);

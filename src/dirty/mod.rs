@@ -6,6 +6,7 @@
 //! | `devices` | [`DeviceDirty`]: writes that vm-memory makes go into the same bitmap |
 //! | `negotiate` | which mechanism to use, or why it cannot be |
 //! | `ring` | [`DirtyRings`]: from entries of the rings to runs of pages that may be copied |
+//! | `tracker` | [`Tracker`]: start, sync, take, over any mechanism and through layout edits |
 //!
 //! KVM logs only slots without a guest_memfd: neither the private nor the shared pages of a slot with one are tracked by any
 //! mechanism there is. Nothing here knows of page states.
@@ -14,6 +15,7 @@ mod bitmap;
 mod devices;
 mod negotiate;
 mod ring;
+mod tracker;
 
 pub use bitmap::{DirtyBitmap, Runs, Take};
 pub use devices::{DeviceDirty, DeviceDirtySlice};
@@ -22,3 +24,4 @@ pub use negotiate::{
     OwnWrites, Refusal, Situation, Wish, negotiate,
 };
 pub use ring::{DirtyRings, Harvest, Harvested, OwnerRun, Owners, ResetError, RingStats, Stray};
+pub use tracker::{Stage, StartError, SyncError, SyncReport, Tracker, Unloggable};

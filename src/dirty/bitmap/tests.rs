@@ -83,6 +83,7 @@ enum Op {
     Set(u64, u64),
     Merge(u64, Vec<u64>),
     Take(usize),
+    TakeWithin(u64, u64),
     Clear,
 }
 
@@ -92,6 +93,7 @@ fn op() -> impl Strategy<Value = Op> {
         (0..1500_u64, 0..200_u64).prop_map(|(start, len)| Op::Set(start, start + len)),
         (0..1500_u64, prop::collection::vec(word, 0..20)).prop_map(|(first, words)| Op::Merge(first, words)),
         (0..20_usize).prop_map(Op::Take),
+        (0..1500_u64, 0..700_u64).prop_map(|(start, len)| Op::TakeWithin(start, start + len)),
         Just(Op::Clear),
     ]
 }
@@ -120,6 +122,11 @@ proptest! {
                     taken.iter().flat_map(FileRange::iter).for_each(|page| {
                         model.remove(&page.get());
                     });
+                }
+                Op::TakeWithin(start, end) => {
+                    let inside: BTreeSet<u64> = model.range(start..end).copied().collect();
+                    prop_assert_eq!(bitmap.take_within(run(start, end)), runs_of(&inside));
+                    model.retain(|page| !inside.contains(page));
                 }
                 Op::Clear => {
                     bitmap.clear();

@@ -8,6 +8,7 @@ use cvm_memory::hypervisor::{Cap, Exit, Hypervisor, MemoryAttributes, MemoryRegi
 use cvm_memory_testkit::{Guest, GuestOp};
 use nix::errno::Errno;
 
+use crate::live::is_emulated;
 use crate::observation::Observation;
 use crate::scenario::Operation;
 
@@ -40,9 +41,12 @@ pub enum Known {
     /// No access of a guest is made by the processor: KVM emulates all of them, and so reaches all memory by its address in
     /// this process.
     EmulatesAccesses,
+    /// The processor itself is emulated, by QEMU, which now and then raises an exception for no reason in a guest's guest. What
+    /// ends so before anything else is seen of it is done again.
+    EmulatedProcessor,
 }
 
-const ALL: [Known; 7] = [
+const ALL: [Known; 8] = [
     Known::BoundPagesAreInvalid,
     Known::OffsetsAreSigned,
     Known::NoHypercalls,
@@ -50,6 +54,7 @@ const ALL: [Known; 7] = [
     Known::NoPrefault,
     Known::OneAddressSpace,
     Known::EmulatesAccesses,
+    Known::EmulatedProcessor,
 ];
 
 impl Differences {
@@ -149,6 +154,7 @@ impl Known {
                 }
                 answer == Err(Errno::EINVAL)
             }
+            Self::EmulatedProcessor => is_emulated(),
             Self::OneAddressSpace => {
                 let platform = vm.platform();
                 !platform.private_memory && vm.check_extension(Cap::MULTI_ADDRESS_SPACE) < 2

@@ -83,6 +83,10 @@ impl Vm {
 
     /// Accesses memory by its address in this process, within a page. Returns whether that could be done.
     fn reach(&self, at: Gpa, bytes: &mut [u8], write: bool, ring: Option<&Ring>) -> bool {
+        if self.arch().sticky_mmio() {
+            // KVM cannot see the instruction. The guest asks for the access by itself, and gets it from userspace.
+            return false;
+        }
         let _srcu = self.srcu.enter();
         let slot = self.slots().find(0, at.gfn()).cloned();
         let Some(slot) = slot.filter(|slot| !slot.invalid) else { return false };

@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use cvm_memory::addr::{Gfn, GfnRange};
 use cvm_memory::backing::{SharedBacking, SharedMemory, SharedSlice};
-use cvm_memory::edit::{Draft, Operation, Prefer, Region, plan};
+use cvm_memory::edit::{self, Draft, Operation, Prefer, Region, plan};
 use cvm_memory::layout::{Layout, Limits, Memslot, SlotFlags, SlotId};
 use cvm_memory::memory::{CommitOptions, CvmMemory, Edit, EditError, SlotSpec};
 use cvm_memory::soft::SoftVm;
@@ -108,7 +108,7 @@ fn planning(rounds: usize) -> bool {
     let layout = Layout::from_slots(Limits::default(), [], slots).expect("a layout");
     let map: RangeMap<u64, u64> =
         layout.table().slots().map(|slot| (slot.gfns.start().get()..slot.gfns.end().get(), HOST)).collect();
-    let mut times: [Vec<f64>; 3] = Default::default();
+    let mut times: [Vec<f64>; 4] = Default::default();
     let mut steps = 0;
     for round in 0..=rounds {
         let operations = operations(&mut rng);
@@ -118,19 +118,27 @@ fn planning(rounds: usize) -> bool {
         let planned = timed(|| {
             let mut draft = Draft::new(&layout, 0, |_: &Memslot| HOST);
             draft.apply_all(copy).expect("operations that make sense");
+            edit::steps(&layout, &draft, Prefer::NoInterruption).expect("steps")
+        });
+        let copy = operations.clone();
+        let whole = timed(|| {
+            let mut draft = Draft::new(&layout, 0, |_: &Memslot| HOST);
+            draft.apply_all(copy).expect("operations that make sense");
             let plan = plan(&layout, &draft, Prefer::NoInterruption).expect("a plan");
             steps = plan.steps.len();
             plan
         });
         let mapped = timed(|| with_rangemap(&map, &operations));
         if round > 0 {
-            times.iter_mut().zip([sorted, planned, mapped]).for_each(|(times, time)| times.push(time));
+            times.iter_mut().zip([sorted, planned, mapped, whole]).for_each(|(times, time)| times.push(time));
         }
     }
-    let [sorted, planned, mapped] = &times;
+    let [sorted, planned, mapped, whole] = &times;
     let ratio = |a: &[f64], b: &[f64]| median(a.iter().zip(b).map(|(a, b)| a / b).collect());
     println!("{} operations over {SLOTS} slots, {steps} calls planned; ns per operation:", 2 * EACH);
-    for (name, times) in [("sort_unstable", sorted), ("edit::plan", planned), ("rangemap", mapped)] {
+    for (name, times) in
+        [("sort_unstable", sorted), ("edit::steps", planned), ("rangemap", mapped), ("edit::plan", whole)]
+    {
         println!("  {name:<16} {:>8.1}", median(times.clone()) * 1e9 / (2 * EACH) as f64);
     }
     let (floor, peer) = (ratio(planned, sorted), ratio(mapped, planned));
@@ -170,7 +178,13 @@ fn counts() {
         let mut edit = memory.edit();
         ask(&mut edit).expect("an edit that makes sense");
         let done = edit.commit(&CommitOptions::default()).expect("an edit that succeeds");
-        println!("{name:<20} {:>6} {:>6}   {:>6} {:>6}", done.steps.len(), memory.gate().closures(), done.naive_calls, 1);
+        println!(
+            "{name:<20} {:>6} {:>6}   {:>6} {:>6}",
+            done.steps.len(),
+            memory.gate().closures(),
+            done.naive_calls,
+            1
+        );
     }
 }
 

@@ -97,9 +97,16 @@ pub struct Draft {
     pub(super) as_id: u16,
     pub(super) pieces: Pieces,
     /// The slots as they are, and the mappings of their memory.
-    pub(super) old: Arc<[Old]>,
-    ops: Vec<(Option<Arc<str>>, Operation)>,
+    pub(super) old: Arc<Vec<Old>>,
+    asked: Vec<Asked>,
     name: Option<Arc<str>>,
+}
+
+/// Operations that were asked for together.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Asked {
+    name: Option<Arc<str>>,
+    ops: Vec<Operation>,
 }
 
 /// A slot as it is, and its mapping.
@@ -123,7 +130,7 @@ impl Draft {
             piece.cut = end == Some(piece.gfns().start());
             end = Some(piece.gfns().end());
         }
-        Self { as_id, pieces: Pieces(pieces), old: old.into(), ops: Vec::new(), name: None }
+        Self { as_id, pieces: Pieces(pieces), old: Arc::new(old), asked: Vec::new(), name: None }
     }
 
     /// The address space.
@@ -139,7 +146,7 @@ impl Draft {
 
     /// The operations so far.
     pub fn operations(&self) -> impl Iterator<Item = &Operation> {
-        self.ops.iter().map(|(_, op)| op)
+        self.asked.iter().flat_map(|asked| &asked.ops)
     }
 
     /// The same operations on another layout.
@@ -148,9 +155,9 @@ impl Draft {
     /// [`Refused`]: the first that cannot be applied to that.
     pub fn replay(&self, layout: &Layout, mapping: impl Fn(&Memslot) -> u64) -> Result<Self, Refused> {
         let mut draft = Self::new(layout, self.as_id, mapping);
-        for (name, op) in &self.ops {
+        for Asked { name, ops } in &self.asked {
             draft.name.clone_from(name);
-            draft.apply(op.clone())?;
+            draft.apply_all(ops.clone())?;
         }
         Ok(draft)
     }
@@ -175,7 +182,7 @@ impl Draft {
     /// [`Refused`]; the draft is as it was.
     pub fn apply(&mut self, op: Operation) -> Result<&mut Self, Refused> {
         self.pieces.apply(&op).map_err(|reason| self.refused(op.kind(), reason))?;
-        self.ops.push((self.name.clone(), op));
+        self.asked.push(Asked { name: self.name.clone(), ops: vec![op] });
         Ok(self)
     }
 
@@ -210,8 +217,7 @@ impl Draft {
         if let Some(pieces) = pieces {
             self.pieces = pieces;
         }
-        let name = &self.name;
-        self.ops.extend(ops.into_iter().map(|op| (name.clone(), op)));
+        self.asked.push(Asked { name: self.name.clone(), ops });
         Ok(self)
     }
 
@@ -221,7 +227,7 @@ impl Draft {
     }
 
     fn refused(&self, kind: &'static str, reason: Reason) -> Refused {
-        Refused { label: Label { index: self.ops.len(), kind, name: self.name.clone() }, reason }
+        Refused { label: Label { index: self.operations().count(), kind, name: self.name.clone() }, reason }
     }
 }
 

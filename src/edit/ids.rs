@@ -9,41 +9,44 @@ use super::draft::Draft;
 use super::error::PlanError;
 use super::plan::{Fate, Final};
 
-/// The slots of `finals` that are new, ascending by frame, with ids.
+/// Gives the slots of `finals` that are new, ascending by frame, with ids, to `emit`.
 pub(super) fn assign(
     layout: &Layout,
     draft: &Draft,
-    finals: &[Final],
+    finals: Vec<Final>,
     fates: &[Fate],
-) -> Result<Vec<Memslot>, PlanError> {
-    let mut created: Vec<_> = finals.iter().filter(|of| of.old.is_none()).map(|of| of.region).collect();
-    created.sort_unstable_by_key(|region| region.gfns.start());
+    mut emit: impl FnMut(Memslot),
+) -> Result<(), PlanError> {
+    let mut created = finals;
+    created.retain(|of| of.old.is_none());
+    created.sort_by_key(|of| of.region.gfns.start());
     let limit = u16::try_from(layout.limits().slots_per_address_space).unwrap_or(u16::MAX);
     let mut used: Vec<u16> = draft.old.iter().map(|old| old.id.id).collect();
     used.sort_unstable();
     let mut used = used.into_iter().peekable();
     let fresh = (0..limit).filter(move |id| used.next_if_eq(id).is_none());
-    // Both ascend and neither overlaps itself.
-    let going = draft.old.iter().zip(fates).filter(|(_, fate)| **fate == Fate::Goes).map(|(old, _)| old);
-    let mut going = going.peekable();
-    let mut slots: Vec<(Option<u16>, _)> = Vec::with_capacity(created.len());
+    // Each ascends and overlaps nothing of itself, so one pass finds out who replaces whom.
+    let mut gone = draft.old.iter().zip(fates).filter(|(_, fate)| **fate == Fate::Goes).map(|(old, _)| old).peekable();
     let mut unused = Vec::new();
-    for region in created {
-        while let Some(gone) = going.next_if(|old| old.region.gfns.end() <= region.gfns.start()) {
+    let mut inherited = Vec::with_capacity(created.len());
+    for of in &created {
+        let gfns = of.region.gfns;
+        while let Some(gone) = gone.next_if(|old| old.region.gfns.end() <= gfns.start()) {
             unused.push(gone.id.id);
         }
-        let replaces = going.next_if(|old| old.region.gfns.start() < region.gfns.end());
-        slots.push((replaces.map(|old| old.id.id), region));
+        inherited.push(gone.next_if(|old| old.region.gfns.start() < gfns.end()).map(|old| old.id.id));
     }
-    unused.extend(going.map(|old| old.id.id));
-    let needed = slots.len();
-    let kept = slots.iter().filter(|(id, _)| id.is_some()).count();
+    unused.extend(gone.map(|old| old.id.id));
+    let kept = inherited.iter().flatten().count();
     let free = usize::from(limit).saturating_sub(draft.old.len()).saturating_add(kept).saturating_add(unused.len());
-    let mut ids = fresh.chain(unused);
-    let mut named = Vec::with_capacity(needed);
-    for (id, region) in slots {
-        let id = id.or_else(|| ids.next()).ok_or(PlanError::NoFreeId { needed, free })?;
-        named.push(region.slot(SlotId { as_id: draft.as_id, id }));
+    let needed = created.len();
+    if needed > free {
+        return Err(PlanError::NoFreeId { needed, free });
     }
-    Ok(named)
+    let mut ids = fresh.chain(unused);
+    for (of, id) in created.iter().zip(inherited) {
+        let id = id.or_else(|| ids.next()).ok_or(PlanError::NoFreeId { needed, free })?;
+        emit(of.region.slot(SlotId { as_id: draft.as_id, id }));
+    }
+    Ok(())
 }

@@ -26,7 +26,7 @@ mod tile;
 pub use commit::{Effects, Failed, Harvest, commit};
 pub use draft::{Draft, Nested, Operation};
 pub use error::{Hazard, Label, PlanError, Reason, Refused};
-pub use plan::{Plan, Prefer, Step, plan};
+pub use plan::{Plan, Prefer, Step, plan, steps};
 pub use region::Region;
 
 #[cfg(test)]

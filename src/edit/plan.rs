@@ -144,24 +144,7 @@ pub(super) struct Final {
 /// # Errors
 /// [`PlanError`]: KVM would refuse one of the slots.
 pub fn plan(layout: &Layout, draft: &Draft, prefer: Prefer) -> Result<Plan, PlanError> {
-    let limit = layout.limits().pages_per_slot;
-    let assignment = order::acyclic(&draft.old, |stuck| assign(&draft.pieces.0, &draft.old, prefer, limit, stuck));
-    let Assignment { finals, fates, moves } = assignment;
-    let old_slot = |old: &Old| old.region.slot(old.id);
-
-    let mut steps: Vec<Step> = Vec::new();
-    let going = draft.old.iter().zip(&fates).filter(|(_, fate)| **fate == Fate::Goes);
-    steps.extend(going.map(|(old, _)| Step::Delete(old_slot(old))));
-    let renewed = |index: usize| {
-        let of = finals.get(index)?;
-        let old = draft.old.get(of.old?)?;
-        Some((old_slot(old), of.region.slot(old.id)))
-    };
-    steps.extend(moves.iter().filter_map(|index| renewed(*index)).map(|(from, to)| Step::Move { from, to }));
-    let relogged = finals.iter().enumerate().filter(|(_, of)| fate(&fates, of.old) == Some(Fate::Flags));
-    steps.extend(relogged.filter_map(|(index, _)| renewed(index)).map(|(from, to)| Step::SetFlags { from, to }));
-    steps.extend(ids::assign(layout, draft, &finals, &fates)?.into_iter().map(Step::Create));
-
+    let steps = steps(layout, draft, prefer)?;
     let mut next = layout.clone();
     if !steps.is_empty() {
         let removed: Vec<SlotId> = steps
@@ -175,9 +158,35 @@ pub fn plan(layout: &Layout, draft: &Draft, prefer: Prefer) -> Result<Plan, Plan
         next.replace(&removed, added)?;
     }
     check_flags(&steps)?;
-    let replaced = replaced(&draft.pieces.0, &draft.old, &fates);
+    let replaced = replaced(&draft.pieces.0, &steps);
     let harvest = harvest(&steps);
     Ok(Plan { steps, layout: next, replaced, harvest })
+}
+
+/// The steps of a plan alone: nobody has checked yet that KVM takes each of the slots.
+///
+/// # Errors
+/// [`PlanError::NoFreeId`].
+pub fn steps(layout: &Layout, draft: &Draft, prefer: Prefer) -> Result<Vec<Step>, PlanError> {
+    let limit = layout.limits().pages_per_slot;
+    let assignment = order::acyclic(&draft.old, |stuck| assign(&draft.pieces.0, &draft.old, prefer, limit, stuck));
+    let Assignment { finals, fates, moves } = assignment;
+    let old_slot = |old: &Old| old.region.slot(old.id);
+
+    let changing = fates.iter().filter(|fate| **fate != Fate::Stays).count();
+    let mut steps: Vec<Step> = Vec::with_capacity(changing.saturating_add(finals.len()));
+    let going = draft.old.iter().zip(&fates).filter(|(_, fate)| **fate == Fate::Goes);
+    steps.extend(going.map(|(old, _)| Step::Delete(old_slot(old))));
+    let renewed = |of: &Final| {
+        let old = draft.old.get(of.old?)?;
+        Some((old_slot(old), of.region.slot(old.id)))
+    };
+    let moving = moves.iter().filter_map(|index| renewed(finals.get(*index)?));
+    steps.extend(moving.map(|(from, to)| Step::Move { from, to }));
+    let relogged = finals.iter().filter(|of| fate(&fates, of.old) == Some(Fate::Flags));
+    steps.extend(relogged.filter_map(renewed).map(|(from, to)| Step::SetFlags { from, to }));
+    ids::assign(layout, draft, finals, &fates, |slot| steps.push(Step::Create(slot)))?;
+    Ok(steps)
 }
 
 /// A binding whose file was closed under its slot cannot be made again: [`Layout::replace`] refuses that as it would any.
@@ -216,8 +225,9 @@ impl Assignment {
 /// Cuts the memory into slots and finds the old ones among them. Those in `stuck` may not move.
 fn assign(pieces: &[Piece], old: &[Old], prefer: Prefer, limit: u64, stuck: &[usize]) -> Assignment {
     let mut fates = vec![Fate::Goes; old.len()];
-    let mut finals = Vec::with_capacity(pieces.len());
-    let mut gaps = Vec::new();
+    let mut finals: Vec<Final> = Vec::with_capacity(pieces.len());
+    // Of the new slots, those that may not be cut anywhere.
+    let mut uncut: Vec<(usize, Vec<GfnRange>)> = Vec::new();
     let (mut rest, mut wholes, mut next_old) = (pieces, Vec::new(), 0_usize);
     while let Some((first, _)) = rest.split_first() {
         let length = run_length(rest);
@@ -239,42 +249,38 @@ fn assign(pieces: &[Piece], old: &[Old], prefer: Prefer, limit: u64, stuck: &[us
             let extra = if old.region.flags == region.flags { -1 } else { 0 };
             fits.then_some(Fit { gfns: old.region.gfns, old: next_old.saturating_add(at), extra })
         });
-        let tiles = match prefer {
+        let mut emit = |tile: Tile| {
+            let Some(part) = region.part(tile.gfns) else { return };
+            if let Some((old, fate)) = tile.old.and_then(|at| Some((old.get(at)?, fates.get_mut(at)?))) {
+                *fate = if old.region.flags == part.flags { Fate::Stays } else { Fate::Flags };
+            } else if !wholes.is_empty() {
+                uncut.push((finals.len(), wholes.clone()));
+            }
+            finals.push(Final { region: part, old: tile.old });
+        };
+        match prefer {
             // One slot: that which is there already, if it is the same.
             Prefer::FewSlots if region.gfns.pages() <= limit => {
                 let same = fits.into_iter().find(|fit| fit.gfns == region.gfns).map(|fit| fit.old);
-                vec![Tile { gfns: region.gfns, old: same }]
+                emit(Tile { gfns: region.gfns, old: same });
             }
-            Prefer::FewSlots => run.cover(region.gfns, &fits.collect::<Vec<_>>(), Aim::Slots),
-            Prefer::NoInterruption => kept_and_gaps(region.gfns, fits),
-        };
-        for tile in tiles {
-            let Some(part) = region.part(tile.gfns) else { continue };
-            if let Some((old, fate)) = tile.old.and_then(|at| Some((old.get(at)?, fates.get_mut(at)?))) {
-                *fate = if old.region.flags == part.flags { Fate::Stays } else { Fate::Flags };
-            } else if prefer == Prefer::NoInterruption {
-                gaps.push((part, wholes.clone()));
-                continue;
+            Prefer::FewSlots => {
+                let fits: Vec<_> = fits.collect();
+                run.cover(region.gfns, &fits, Aim::Slots).into_iter().for_each(emit);
             }
-            finals.push(Final { region: part, old: tile.old });
+            Prefer::NoInterruption => kept_and_gaps(region.gfns, fits, &mut emit),
         }
     }
     let movers = Movers::new(old, &fates, stuck);
     let mut taken = vec![false; old.len()];
-    for (region, wholes) in gaps {
-        let run = Run { gfns: region.gfns, wholes: &wholes, limit };
-        let fits = movers.fits(&region, &run, old, &taken);
-        for tile in run.cover(region.gfns, &fits, Aim::Calls) {
-            let Some(part) = region.part(tile.gfns) else { continue };
-            if let Some(taken) = tile.old.and_then(|at| taken.get_mut(at)) {
-                *taken = true;
-            }
-            finals.push(Final { region: part, old: tile.old });
-        }
+    let long = |of: &Final| of.old.is_none() && of.region.gfns.pages() > limit;
+    if prefer == Prefer::NoInterruption && (movers.any_for(&finals) || finals.iter().any(long)) {
+        finals = fill_gaps(&finals, &uncut, &movers, old, limit, &mut taken);
     }
     // What is to be created exactly as a slot that would go, but elsewhere, is that slot.
+    let mut cursor = 0;
     for of in finals.iter_mut().filter(|of| of.old.is_none()) {
-        let same = movers.at(of.region.hva).find(|&at| {
+        let same = movers.at(of.region.hva, &mut cursor).find(|&at| {
             let same = |old: &Old| old.region.gfns.pages() == of.region.gfns.pages();
             taken.get(at) == Some(&false)
                 && old.get(at).is_some_and(|old| same(old) && movable(&old.region, &of.region))
@@ -294,6 +300,35 @@ fn assign(pieces: &[Piece], old: &[Old], prefer: Prefer, limit: u64, stuck: &[us
     Assignment { finals, fates, moves }
 }
 
+/// Cuts what is to be created: where slots that would go fit exactly, they move there.
+fn fill_gaps(
+    finals: &[Final],
+    uncut: &[(usize, Vec<GfnRange>)],
+    movers: &Movers,
+    old: &[Old],
+    limit: u64,
+    taken: &mut [bool],
+) -> Vec<Final> {
+    let mut filled = Vec::with_capacity(finals.len());
+    for (index, of) in finals.iter().enumerate() {
+        if of.old.is_some() {
+            filled.push(*of);
+            continue;
+        }
+        let whole = uncut.binary_search_by_key(&index, |(index, _)| *index).ok().and_then(|at| uncut.get(at));
+        let run = Run { gfns: of.region.gfns, wholes: whole.map_or(&[], |(_, wholes)| wholes), limit };
+        let fits = movers.fits(&of.region, &run, old, taken);
+        for tile in run.cover(of.region.gfns, &fits, Aim::Calls) {
+            let Some(part) = of.region.part(tile.gfns) else { continue };
+            if let Some(taken) = tile.old.and_then(|at| taken.get_mut(at)) {
+                *taken = true;
+            }
+            filled.push(Final { region: part, old: tile.old });
+        }
+    }
+    filled
+}
+
 /// How many pieces could be one slot.
 fn run_length(pieces: &[Piece]) -> usize {
     let continued = pieces.iter().zip(pieces.iter().skip(1));
@@ -302,17 +337,19 @@ fn run_length(pieces: &[Piece]) -> usize {
 }
 
 /// Everything that fits stays; the rest is gaps.
-fn kept_and_gaps(gfns: GfnRange, fits: impl Iterator<Item = Fit>) -> Vec<Tile> {
-    let mut tiles = Vec::new();
+fn kept_and_gaps(gfns: GfnRange, fits: impl Iterator<Item = Fit>, emit: &mut impl FnMut(Tile)) {
     let mut next = gfns.start();
     let gap = |low, high| GfnRange::new(low, high).ok().filter(|gap| !gap.is_empty());
     for fit in fits {
-        tiles.extend(gap(next, fit.gfns.start()).map(|gfns| Tile { gfns, old: None }));
-        tiles.push(Tile { gfns: fit.gfns, old: Some(fit.old) });
+        if let Some(gfns) = gap(next, fit.gfns.start()) {
+            emit(Tile { gfns, old: None });
+        }
+        emit(Tile { gfns: fit.gfns, old: Some(fit.old) });
         next = fit.gfns.end();
     }
-    tiles.extend(gap(next, gfns.end()).map(|gfns| Tile { gfns, old: None }));
-    tiles
+    if let Some(gfns) = gap(next, gfns.end()) {
+        emit(Tile { gfns, old: None });
+    }
 }
 
 /// Whether KVM lets a slot of `old` be moved to where `new` begins.
@@ -335,10 +372,27 @@ impl Movers {
         Self(movers)
     }
 
-    /// Those whose memory begins at `hva`.
-    fn at(&self, hva: u64) -> impl Iterator<Item = usize> {
-        let first = self.0.partition_point(|(other, _)| *other < hva);
-        self.0.iter().skip(first).take_while(move |(other, _)| *other == hva).map(|(_, at)| *at)
+    /// Those whose memory begins at `hva`. `cursor` is where the last search ended: most go on from there.
+    fn at(&self, hva: u64, cursor: &mut usize) -> impl Iterator<Item = usize> {
+        let below = |at: usize| self.0.get(at).is_some_and(|(other, _)| *other < hva);
+        if cursor.checked_sub(1).is_some_and(|before| !below(before)) {
+            *cursor = self.0.partition_point(|(other, _)| *other < hva);
+        }
+        while below(*cursor) {
+            *cursor = cursor.saturating_add(1);
+        }
+        self.0.iter().skip(*cursor).take_while(move |(other, _)| *other == hva).map(|(_, at)| *at)
+    }
+
+    /// Whether the memory of any of them begins in that of a new slot.
+    fn any_for(&self, finals: &[Final]) -> bool {
+        let mut cursor = 0;
+        !self.0.is_empty()
+            && finals.iter().filter(|of| of.old.is_none()).any(|of| {
+                let _exactly = self.at(of.region.hva, &mut cursor).next();
+                let end = of.region.hva.saturating_add(of.region.gfns.bytes());
+                self.0.get(cursor).is_some_and(|(hva, _)| *hva < end)
+            })
     }
 
     /// Those whose memory is part of `region`, at their places in it.
@@ -362,9 +416,13 @@ impl Movers {
 }
 
 /// What is memory before and after, in slots that do not stay.
-fn replaced(pieces: &[Piece], old: &[Old], fates: &[Fate]) -> Vec<GfnRange> {
-    let leaving = old.iter().zip(fates).filter(|(_, fate)| matches!(fate, Fate::Goes | Fate::Moves));
-    let leaving: Vec<GfnRange> = leaving.map(|(old, _)| old.region.gfns).collect();
+fn replaced(pieces: &[Piece], steps: &[Step]) -> Vec<GfnRange> {
+    let leaving = steps.iter().filter_map(|step| match step {
+        Step::Delete(slot) | Step::Move { from: slot, .. } => Some(slot.gfns),
+        _ => None,
+    });
+    let mut leaving: Vec<GfnRange> = leaving.collect();
+    leaving.sort_unstable();
     let memory = crate::addr::merge_adjacent(pieces.iter().map(Piece::gfns));
     crate::addr::merge_adjacent(crate::addr::intersect_lists(&leaving, &memory))
 }

@@ -34,6 +34,8 @@ struct World<M: Machine> {
     /// Held by every vCPU while it is in the guest.
     gate: RwLock<()>,
     guests: Vec<Mutex<M::Guest>>,
+    /// What the memory should be.
+    copied: Mutex<Vec<u64>>,
     written: AtomicU64,
     fulls: AtomicU64,
 }
@@ -96,6 +98,7 @@ impl<M: Machine> World<M> {
             layout: Mutex::new(layout),
             gate: RwLock::new(()),
             guests,
+            copied: Mutex::new(vec![0; usize::try_from(PAGES).unwrap()]),
             written: AtomicU64::new(0),
             fulls: AtomicU64::new(0),
         })
@@ -173,7 +176,7 @@ impl<M: Machine> World<M> {
 
     /// The scheme: rounds of copying while guests run, then they are stopped and the copy is held against their memory.
     fn run(&self, stops: u64, rounds: u64, edits: bool) {
-        let mut copy = vec![0; usize::try_from(PAGES).unwrap()];
+        let mut copy = self.copied.lock().unwrap();
         let mut copied = 0;
         for stopped in 0..stops {
             let stop = AtomicBool::new(false);
@@ -199,7 +202,7 @@ impl<M: Machine> World<M> {
             assert_eq!((report.stray, report.overrun), (None, false));
             copied += self.copy(&mut copy, stopped % 2 == 0);
             let memory: Vec<u64> = (0..PAGES).map(|page| self.page(page)).collect();
-            assert!(copy == memory, "a page was missed: {:?}", copy.iter().zip(&memory).position(|(a, b)| a != b));
+            assert!(*copy == memory, "a page was missed: {:?}", copy.iter().zip(&memory).position(|(a, b)| a != b));
             assert_eq!(self.tracker.sync(Stage::Last).unwrap().pages, 0);
         }
         // Not everything is dirty all the time, which would be right always: nor is more copied than was written, but for

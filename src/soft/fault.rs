@@ -115,8 +115,8 @@ impl GuestView for View<'_> {
 /// The bytes of an access, `offset` into the page.
 fn copy(target: &Target, offset: u64, data: &mut Data<'_>) -> Result<(), Errno> {
     match (target, data) {
-        (Target::Gmem(file, page), Data::Read(bytes) | Data::Fetch(bytes)) => file.read_at(*page, offset, bytes),
-        (Target::Gmem(file, page), Data::Write(bytes)) => file.write_at(*page, offset, bytes),
+        (Target::Gmem(file, frame), Data::Read(bytes) | Data::Fetch(bytes)) => file.read_at(frame, offset, bytes),
+        (Target::Gmem(file, frame), Data::Write(bytes)) => file.write_at(frame, offset, bytes),
         (Target::Host(hva), Data::Read(bytes) | Data::Fetch(bytes)) => host::read(hva.saturating_add(offset), bytes),
         (Target::Host(hva), Data::Write(bytes)) => host::write(hva.saturating_add(offset), bytes),
         (Target::Mmio(_), _) => Err(Errno::EFAULT),
@@ -255,8 +255,8 @@ impl Vm {
         if read(&file.bindings).find(page).map(|binding| binding.slot) != Some(slot.id) {
             return Err(Errno::EIO);
         }
-        file.get_page(self.arch(), page, gfn)?;
-        Ok(Target::Gmem(file, page))
+        let frame = file.get_page(self.arch(), page, gfn)?;
+        Ok(Target::Gmem(file, frame))
     }
 
     /// `kvm_handle_noslot_fault()` for a shared access: it leaves a mapping that says so.

@@ -1,6 +1,7 @@
 //! The inode behind a guest_memfd, on a real memfd: its pages, and in what shape they are.
 //!
-//! It knows no VM and no mapping; who takes pages away has unmapped them. Mirrors `kvm_gmem_get_pfn()`,
+//! It knows no VM and no mapping; who takes pages away has unmapped them. Should a mapping have been left behind, what a guest
+//! reads through it is poison, and what it writes is lost: see [`Frame`]. Mirrors `kvm_gmem_get_pfn()`,
 //! `__kvm_gmem_populate()` and `kvm_gmem_allocate()` (`virt/kvm/guest_memfd.c`).
 
 use std::collections::BTreeMap;
@@ -8,7 +9,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, RwLock};
+use std::sync::{Arc, Mutex, RwLock, Weak};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -20,13 +21,39 @@ use crate::gmem::GmemFlags;
 use crate::layout::Bindings;
 
 /// A page that the file holds.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Default)]
 struct Page {
+    /// As long as the file holds it. A page that takes its place is another one.
+    life: Arc<()>,
     /// Zeroed, or given contents. A page that was only allocated is not.
     up_to_date: bool,
     /// The hardware reported it broken.
     poisoned: bool,
 }
+
+/// The memory of a page that a file held when it was asked: what a mapping points at.
+///
+/// A file's page that is freed and allocated again is other memory, and the old one somebody else's. A memfd would show the
+/// new page through a mapping of the old, as if every mapping were zapped in time; so the mapping says which one it means.
+#[derive(Debug, Clone)]
+pub(super) struct Frame {
+    page: FilePage,
+    life: Weak<()>,
+}
+
+impl Frame {
+    /// The page that it is, or was, of its file.
+    pub(super) const fn page(&self) -> FilePage {
+        self.page
+    }
+
+    fn is_freed(&self) -> bool {
+        self.life.strong_count() == 0
+    }
+}
+
+/// What is in memory that was freed.
+const POISON: u8 = 0xdb;
 
 /// The inode: what is left when no descriptor is.
 #[derive(Debug)]
@@ -102,19 +129,30 @@ impl GmemFile {
         self.closing.load(Ordering::Acquire)
     }
 
-    pub(super) fn read_at(&self, page: FilePage, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
-        let at = page.start_byte().saturating_add(offset);
+    pub(super) fn read_at(&self, frame: &Frame, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
+        if frame.is_freed() {
+            data.fill(POISON);
+            return Ok(());
+        }
+        let at = frame.page.start_byte().saturating_add(offset);
         self.memfd.read_exact_at(data, at).map_err(|error| errno_of(&error))
     }
 
-    pub(super) fn write_at(&self, page: FilePage, offset: u64, data: &[u8]) -> Result<(), Errno> {
-        let at = page.start_byte().saturating_add(offset);
+    pub(super) fn write_at(&self, frame: &Frame, offset: u64, data: &[u8]) -> Result<(), Errno> {
+        if frame.is_freed() {
+            return Ok(());
+        }
+        let at = frame.page.start_byte().saturating_add(offset);
         self.memfd.write_all_at(data, at).map_err(|error| errno_of(&error))
+    }
+
+    fn fill(&self, page: FilePage, contents: &[u8]) -> Result<(), Errno> {
+        self.memfd.write_all_at(contents, page.start_byte()).map_err(|error| errno_of(&error))
     }
 
     /// The page for a fault at `gfn`: allocated, zeroed if it never had contents, and the guest's
     /// (steps 4 to 7 of `kvm_gmem_get_pfn()`).
-    pub(super) fn get_page(&self, arch: &dyn Arch, page: FilePage, gfn: Gfn) -> Result<(), Errno> {
+    pub(super) fn get_page(&self, arch: &dyn Arch, page: FilePage, gfn: Gfn) -> Result<Frame, Errno> {
         let mut pages = lock(&self.pages);
         let held = pages.entry(page).or_default();
         if held.poisoned {
@@ -123,14 +161,14 @@ impl GmemFile {
         if !held.up_to_date {
             // Where the host may touch pages, its mapping may have been first; and a fresh page of a memfd is zeroes.
             if !self.starts_shared() {
-                self.write_at(page, 0, &[0; PAGE_BYTES])?;
+                self.fill(page, &[0; PAGE_BYTES])?;
             }
             held.up_to_date = true;
         }
         if !self.starts_shared() {
             arch.make_private(GmemPage { file: self.inode(), page }, gfn)?;
         }
-        Ok(())
+        Ok(Frame { page, life: Arc::downgrade(&held.life) })
     }
 
     /// Gives the page initial contents, if `fill` succeeds (`__kvm_gmem_populate()`). Under `invalidate_lock`, exclusive.
@@ -139,16 +177,16 @@ impl GmemFile {
         page: FilePage,
         contents: &mut [u8],
         fill: impl FnOnce(&mut [u8]) -> Result<(), Errno>,
-    ) -> Result<(), Errno> {
+    ) -> Result<Frame, Errno> {
         let mut pages = lock(&self.pages);
         let held = pages.entry(page).or_default();
         if held.poisoned {
             return Err(Errno::EHWPOISON);
         }
         fill(contents)?;
-        self.write_at(page, 0, contents)?;
+        self.fill(page, contents)?;
         held.up_to_date = true;
-        Ok(())
+        Ok(Frame { page, life: Arc::downgrade(&held.life) })
     }
 
     /// The platform has destroyed what the page held; it stays in the file, and is zeroed before it is mapped again.

@@ -10,14 +10,14 @@ use std::sync::Arc;
 
 use super::arch::{AccessKind, Arch, GmemPage};
 use super::attributes::Flavour;
-use super::file::GmemFile;
-use crate::addr::{FilePage, Gfn, GfnRange};
+use super::file::{Frame, GmemFile};
+use crate::addr::{Gfn, GfnRange};
 
 /// What a frame is mapped to.
 #[derive(Debug, Clone)]
 pub(super) enum Target {
     /// A page of a guest_memfd.
-    Gmem(Arc<GmemFile>, FilePage),
+    Gmem(Arc<GmemFile>, Frame),
     /// A page of this process, by address.
     Host(u64),
     /// Nothing, as of that generation of the memslots. Left by zaps of ranges.
@@ -27,7 +27,7 @@ pub(super) enum Target {
 impl Target {
     pub(super) fn gmem_page(&self) -> Option<GmemPage> {
         match self {
-            Self::Gmem(file, page) => Some(GmemPage { file: file.inode(), page: *page }),
+            Self::Gmem(file, frame) => Some(GmemPage { file: file.inode(), page: frame.page() }),
             Self::Host(_) | Self::Mmio(_) => None,
         }
     }
@@ -160,9 +160,9 @@ impl Mmu {
 }
 
 fn removed(arch: &dyn Arch, gfn: Gfn, spte: &Spte) {
-    if let (true, Target::Gmem(file, page)) = (spte.private, &spte.target)
-        && !arch.zapped_private(gfn, GmemPage { file: file.inode(), page: *page })
+    if let (true, Target::Gmem(file, frame)) = (spte.private, &spte.target)
+        && !arch.zapped_private(gfn, GmemPage { file: file.inode(), page: frame.page() })
     {
-        file.lose_contents(*page);
+        file.lose_contents(frame.page());
     }
 }

@@ -44,9 +44,9 @@ impl Vm {
                     return Err(Errno::EINVAL);
                 }
                 let gmem_page = GmemPage { file: file.inode(), page };
-                file.populate(page, &mut contents, |contents| each(gmem_page, gfn, contents))?;
+                let frame = file.populate(page, &mut contents, |contents| each(gmem_page, gfn, contents))?;
                 if self.arch().maps_populated() {
-                    let target = Target::Gmem(Arc::clone(&file), page);
+                    let target = Target::Gmem(Arc::clone(&file), frame);
                     self.mmu_mut().map(gfn, Spte { target, private: true, writable: true });
                 }
                 Ok(())

@@ -13,7 +13,7 @@ use crate::live::guests::SPURIOUS;
 use crate::machine::Shape;
 use crate::play::{Difference, Played};
 use crate::random;
-use crate::scenario::Scenario;
+use crate::scenario::{Kind, Scenario};
 
 /// Plays a scenario on new machines.
 pub type Play<'a> = dyn Fn(&Scenario, &mut Tally) -> Result<Played, Box<Difference>> + Sync + 'a;
@@ -59,6 +59,23 @@ pub struct Tally {
     pub played: Played,
     /// How often each operation came to what.
     pub outcomes: BTreeMap<(String, String), u64>,
+}
+
+impl Tally {
+    /// The same as a JSON object.
+    pub fn json(&self, kind: Kind) -> serde_json::Value {
+        let outcomes = self.outcomes.iter().map(|((operation, outcome), count)| {
+            serde_json::json!({ "operation": operation, "outcome": outcome, "count": count })
+        });
+        serde_json::json!({
+            "kind": format!("{kind:?}"),
+            "scenarios": self.scenarios,
+            "operations": self.played.operations,
+            "not_played": self.played.skipped,
+            "explained": self.played.explained,
+            "outcomes": outcomes.collect::<Vec<_>>(),
+        })
+    }
 }
 
 impl fmt::Display for Tally {

@@ -10,7 +10,7 @@ use crate::scenario::{AREA_BYTES, Area, Hva, LOG_PAGES, Operation};
 /// Pages that one operation may be about.
 const MANY_PAGES: u64 = 1 << 14;
 const PAGE: u64 = 4096;
-const FALLOC_FL_PUNCH_HOLE: u32 = 2;
+const FALLOC_FL_KEEP_SIZE: u32 = 1;
 const LOG_DIRTY: u32 = 1;
 
 /// Why `operation` is not played; `None` if it is.
@@ -25,9 +25,9 @@ pub fn refuse(shape: Shape, operation: &Operation) -> Option<&'static str> {
         Operation::Region { slot, size, hva, .. } => region(shape, slot, size, hva),
         Operation::Attributes { gpa, size, .. } => attributes(shape, gpa, size),
         Operation::Fallocate { mode, len, .. } => {
-            // It might be legal, and then it would be done.
-            let many = (MANY_PAGES * PAGE + 1..1 << 62).contains(&len);
-            (mode & FALLOC_FL_PUNCH_HOLE == 0 && many).then_some("too many pages to allocate")
+            // It might be legal, and then it would be done: files may be of any size.
+            let many = (MANY_PAGES * PAGE + 1..1 << 63).contains(&len);
+            (mode == FALLOC_FL_KEEP_SIZE && many).then_some("too many pages to allocate")
         }
         Operation::Prefault { gpa, size, .. } => {
             (size / PAGE > MANY_PAGES && gpa.checked_add(size).is_some()).then_some("too many pages to prefault")

@@ -156,7 +156,10 @@ fn main() -> ExitCode {
             Some(Err(failure)) => {
                 good = false;
                 if args.json {
-                    println!("{}", serde_json::json!({ "kind": format!("{kind:?}"), "difference": failure.to_string() }));
+                    println!(
+                        "{}",
+                        serde_json::json!({ "kind": format!("{kind:?}"), "difference": failure.to_string() })
+                    );
                 } else {
                     println!("{kind:?}: {failure}");
                 }

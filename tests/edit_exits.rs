@@ -2,23 +2,20 @@
 
 mod edit_kit;
 
-use std::collections::BTreeMap;
 use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
 
-use cvm_memory::addr::{FilePage, Gpa, PAGE_SIZE};
-use cvm_memory::backing::{SharedBacking, SharedSlice};
-use cvm_memory::convert::{Listener, ListenerError, LockError, Request, SharedRun, State};
-use cvm_memory::edit::{Harvest, Hazard, PlanError, Prefer, Reason};
+use cvm_memory::addr::{Gpa, PAGE_SIZE};
+use cvm_memory::backing::SharedSlice;
+use cvm_memory::edit::Harvest;
 use cvm_memory::exits::{Action, Handled, VcpuExits};
-use cvm_memory::gate::{Gate, GateError, Kick};
-use cvm_memory::hypervisor::{Exit, Hazards, Hypervisor, MemoryFault, Mmio, Platform};
-use cvm_memory::layout::{LayoutError, Memslot, SlotFlags, SlotId};
-use cvm_memory::memory::{CommitOptions, CvmMemory, EditError, SlotSpec};
-use cvm_memory::soft::{Arch, SlotInfo, SoftVm, Tagged};
-use cvm_memory_testkit::{Call, GuestOp, Outcome, Recorder, SoftGuest};
+use cvm_memory::gate::Gate;
+use cvm_memory::hypervisor::{Exit, MemoryFault, Mmio};
+use cvm_memory::layout::{Memslot, SlotFlags};
+use cvm_memory::memory::CvmMemory;
+use cvm_memory::soft::SoftVm;
+use cvm_memory_testkit::{GuestOp, Outcome, SoftGuest};
 use edit_kit::*;
 use nix::errno::Errno;
 

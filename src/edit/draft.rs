@@ -23,7 +23,7 @@ use super::sweep;
 /// use cvm_memory::edit::{Draft, Operation, Prefer, plan};
 /// use cvm_memory::layout::{Layout, Limits, Memslot, SlotFlags, SlotId};
 ///
-/// let gib = |start, end| GfnRange::from_bytes(start << 30, (end - start) << 30).unwrap();
+/// let gib = |start: u64, end: u64| GfnRange::from_bytes(start << 30, (end - start) << 30).unwrap();
 /// let slot = Memslot { id: SlotId::new(0), gfns: gib(0, 1), hva: 1 << 40, flags: SlotFlags::empty(), binding: None };
 /// let layout = Layout::from_slots(Limits::default(), [], [slot])?;
 ///

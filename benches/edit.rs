@@ -1,8 +1,9 @@
 //! What planning an edit costs beside the least that any plan must do (sort its keys) and beside a map of ranges; and how many
 //! calls and stops of the vCPUs an edit takes beside deleting all slots and adding all.
 //!
-//! All candidates take turns in each round, and ratios are medians of the ratios of a round. `CVM_BENCH_GATE=1` fails if a
-//! goal is missed. Counts are exact, and the same on every machine; the software KVM carries the edits out.
+//! All candidates take turns in each round, and ratios are medians of the ratios of a round. `edit::steps` is the draft and the
+//! steps; `edit::plan` also makes the layout that they lead to, with every check that KVM makes. `CVM_BENCH_GATE=1` fails if
+//! a goal is missed. Counts are exact, and the same on every machine; the software KVM carries the edits out.
 
 #![allow(missing_docs, reason = "a program")]
 

@@ -73,10 +73,14 @@ impl Failed {
 pub fn commit(steps: &[Step], effects: &dyn Effects) -> Result<(), Failed> {
     for (at, step) in steps.iter().enumerate() {
         if let Err(errno) = effects.step(step) {
-            let done = steps.iter().take(at).rev();
-            // Everything is tried, whatever failed before: what can be restored is.
-            let undo = |step: &Step| Some((*step, effects.step(&step.inverse()).err()?));
-            let mut left: Vec<_> = done.filter_map(undo).collect();
+            // Everything is tried, whatever failed before: what can be restored is. But not under an id that is still in
+            // use, because what creates a slot would change that one instead.
+            let mut left: Vec<(Step, Errno)> = Vec::new();
+            for step in steps.iter().take(at).rev() {
+                let in_use = left.iter().any(|(other, _)| other.slot().id == step.slot().id);
+                let undone = if in_use { Err(Errno::EEXIST) } else { effects.step(&step.inverse()) };
+                left.extend(undone.err().map(|errno| (*step, errno)));
+            }
             left.reverse();
             return Err(Failed { at, errno, left });
         }

@@ -5,9 +5,9 @@
 
 use crate::layout::{Layout, Memslot, SlotId};
 
+use super::assign::{Fate, Final};
 use super::draft::Draft;
 use super::error::PlanError;
-use super::plan::{Fate, Final};
 
 /// Gives the slots of `finals` that are new, ascending by frame, with ids, to `emit`.
 pub(super) fn assign(

@@ -12,10 +12,12 @@
 //! [facade](crate::memory::CvmMemory::edit) ties all of that together. Mirrors `KVM_SET_USER_MEMORY_REGION2`
 //! (`kvm_set_memory_region()` in `virt/kvm/kvm_main.c`).
 
+mod assign;
 mod commit;
 mod draft;
 mod error;
 mod ids;
+mod operation;
 mod order;
 mod pieces;
 mod plan;
@@ -23,10 +25,12 @@ mod region;
 mod sweep;
 mod tile;
 
+pub use assign::Prefer;
 pub use commit::{Effects, Failed, Harvest, commit};
-pub use draft::{Draft, Nested, Operation};
+pub use draft::{Draft, Nested};
 pub use error::{Hazard, Label, PlanError, Reason, Refused};
-pub use plan::{Plan, Prefer, Step, plan, steps};
+pub use operation::Operation;
+pub use plan::{Plan, Step, plan, steps};
 pub use region::Region;
 
 #[cfg(test)]

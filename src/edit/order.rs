@@ -3,8 +3,8 @@
 //! A slot can move once those whose places it takes have gone. Where they wait for each other in a circle, one of them must
 //! be deleted and created instead; which ones is searched for exhaustively while the circles are small.
 
+use super::assign::{Assignment, Final};
 use super::draft::Old;
-use super::plan::{Assignment, Final};
 
 /// Circles of more slots than this are broken one by one instead of in the best way.
 const EXHAUSTIVE: usize = 10;

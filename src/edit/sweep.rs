@@ -5,7 +5,7 @@
 
 use crate::addr::Gfn;
 
-use super::draft::Operation;
+use super::operation::Operation;
 use super::pieces::{Piece, Pieces};
 
 /// Where an operation begins, and which one it is.

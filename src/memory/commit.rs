@@ -74,7 +74,20 @@ struct Changes {
     hull: GfnRange,
 }
 
-pub(super) fn commit(edit: &Edit<'_>, options: &CommitOptions) -> Result<Committed, EditError> {
+impl Edit<'_> {
+    /// Carries it out: all of it, or nothing.
+    ///
+    /// Callable from any thread that is not in the guest, and not from a listener. If slots must be replaced, the
+    /// [gate](CvmMemory::gate) is closed meanwhile, for just those calls; if not, nobody is stopped.
+    ///
+    /// # Errors
+    /// [`EditError`].
+    pub fn commit(self, options: &CommitOptions) -> Result<Committed, EditError> {
+        commit(&self, options)
+    }
+}
+
+fn commit(edit: &Edit<'_>, options: &CommitOptions) -> Result<Committed, EditError> {
     let memory = edit.memory;
     memory.gate.refuse_deadlock()?;
     let mut frames = memory.editing()?;

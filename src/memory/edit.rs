@@ -17,7 +17,6 @@ use crate::gmem::{FileId, GuestMemfd};
 use crate::layout::{FileBinding, Layout, LayoutError, Memslot, SlotFlags, SlotId};
 use crate::page_set::PageSetError;
 
-use super::commit::{CommitOptions, Committed};
 use super::{CvmMemory, SlotSpec};
 
 /// Why an edit was not carried out. Unless it says otherwise, everything is as it was.
@@ -327,17 +326,6 @@ impl<'a> Edit<'a> {
     /// Begins an edit within this one, which counts once it is committed to it.
     pub fn begin(&mut self) -> NestedEdit<'_, 'a> {
         NestedEdit { edit: self.clone(), outer: self }
-    }
-
-    /// Carries it out: all of it, or nothing.
-    ///
-    /// Callable from any thread that is not in the guest, and not from a listener. If slots must be replaced, the
-    /// [gate](CvmMemory::gate) is closed meanwhile, for just those calls; if not, nobody is stopped.
-    ///
-    /// # Errors
-    /// [`EditError`].
-    pub fn commit(self, options: &CommitOptions) -> Result<Committed, EditError> {
-        super::commit::commit(&self, options)
     }
 
     /// The layout `space` has, with the files of this edit.

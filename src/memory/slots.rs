@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
-use crate::addr::{AddrError, FilePage, FileRange, GfnRange};
+use crate::addr::{AddrError, FilePage, FileRange, GfnRange, PAGE_SHIFT, PAGE_SIZE};
 use crate::backing::{SharedSlice, Space};
 use crate::convert::{LockError, Outcome, StepError};
 use crate::gmem::{FileId, GmemFlags, GuestMemfd};
@@ -40,6 +40,39 @@ pub struct SlotSpec {
 }
 
 impl SlotSpec {
+    /// The whole pages of memory that begins and ends anywhere, `size` bytes at `gpa`; `None` if it has none. `shared` is
+    /// where its first byte lies, and `private` the byte offset of that in a file: both go along with what is cut off.
+    ///
+    /// ```
+    /// use cvm_memory::backing::{SharedMemory, SharedSlice};
+    /// use cvm_memory::layout::SlotFlags;
+    /// use cvm_memory::memory::SlotSpec;
+    /// use std::sync::Arc;
+    ///
+    /// let shared = SharedSlice { backing: Arc::new(SharedMemory::new(0x8000)?), offset: 0x800 };
+    /// let slot = SlotSpec::whole_pages(0x1800, 0x3000, shared, None, SlotFlags::empty()).unwrap();
+    /// assert_eq!((slot.gpa, slot.size, slot.shared.offset), (0x2000, 0x2000, 0x1000));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn whole_pages(
+        gpa: u64,
+        size: u64,
+        shared: SharedSlice,
+        private: Option<(Arc<GuestMemfd>, u64)>,
+        flags: SlotFlags,
+    ) -> Option<Self> {
+        let start = gpa.checked_next_multiple_of(PAGE_SIZE)?;
+        let end = gpa.checked_add(size)? >> PAGE_SHIFT << PAGE_SHIFT;
+        let size = end.checked_sub(start).filter(|size| *size != 0)?;
+        let skip = start.checked_sub(gpa)?;
+        let shared = SharedSlice { offset: shared.offset.checked_add(skip)?, ..shared };
+        let private = match private {
+            Some((file, offset)) => Some((file, FilePage::containing(offset.checked_add(skip)?))),
+            None => None,
+        };
+        Some(Self { id: None, gpa: start, size, shared, private, flags })
+    }
+
     /// Whether its pages can change state: they have a private side, and the file did not start out shared.
     pub(super) fn is_convertible(&self) -> bool {
         self.private.as_ref().is_some_and(|(file, _)| !file.flags().contains(GmemFlags::INIT_SHARED))

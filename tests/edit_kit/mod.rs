@@ -6,15 +6,16 @@ use std::sync::{Arc, Mutex};
 
 use cvm_memory::addr::{Gfn, GfnRange};
 use cvm_memory::backing::{SharedBacking, SharedMemory, SharedSlice};
-use cvm_memory::edit::{Harvest, Step};
+use cvm_memory::convert::{Listener, ListenerError, Request, SharedRun, State as PageState};
+use cvm_memory::edit::{Harvest, Prefer, Step};
 use cvm_memory::exits::{Action, Handled, VcpuExits};
 use cvm_memory::gate::{Gate, Kick, VcpuPass};
 use cvm_memory::hypervisor::Exit;
 use cvm_memory::hypervisor::kvm::KvmVm;
 use cvm_memory::layout::{Memslot, SlotFlags};
-use cvm_memory::memory::{Committed, CvmMemory, SlotSpec};
-use cvm_memory::soft::ImmediateExit;
-use cvm_memory_testkit::{Guest, GuestOp, Outcome, kvm_guest};
+use cvm_memory::memory::{CommitOptions, Committed, CvmMemory, SlotSpec};
+use cvm_memory::soft::{ImmediateExit, SlotInfo, SoftVm};
+use cvm_memory_testkit::{Call, Guest, GuestOp, Outcome, Recorder, kvm_guest};
 use nix::errno::Errno;
 
 pub const PAGE: u64 = 4096;
@@ -46,6 +47,95 @@ pub fn steps(done: &Committed) -> Vec<(&'static str, GfnRange)> {
 /// The slots, without their ids.
 pub fn slots(memory: &CvmMemory) -> Vec<GfnRange> {
     memory.space().layout().table().slots().map(|slot| slot.gfns).collect()
+}
+
+pub type Vm = Recorder<SoftVm>;
+
+pub const FEW: CommitOptions = CommitOptions {
+    prefer: Prefer::FewSlots,
+    patience: std::time::Duration::from_secs(60),
+    lose_private: false,
+    free_rebound: false,
+    lose_dirty: false,
+};
+pub const BESIDE: CommitOptions = CommitOptions { prefer: Prefer::NoInterruption, ..FEW };
+
+/// Memory that is never private, on a VM of the default type: `pages` of it, in a mapping of twice that.
+pub fn plain_vm(pages: u64, flags: SlotFlags) -> (Vm, Arc<CvmMemory>, Arc<dyn SharedBacking>) {
+    let vm = Recorder::new(SoftVm::default_type());
+    let backing = slice(2 * pages * PAGE).backing;
+    let slot = plain(0, pages * PAGE, &backing, 0, flags);
+    let memory = CvmMemory::builder().slot(slot).build(Arc::new(vm.clone())).unwrap();
+    vm.take();
+    (vm, Arc::new(memory), backing)
+}
+
+pub fn private_vm(vm: SoftVm, pages: u64) -> (Vm, Arc<CvmMemory>) {
+    let vm = Recorder::new(vm);
+    let memory = CvmMemory::builder().ram(0, pages * PAGE).address_limit(1 << 30).build(Arc::new(vm.clone())).unwrap();
+    vm.take();
+    (vm, Arc::new(memory))
+}
+
+pub fn share(memory: &CvmMemory, start: u64, end: u64) {
+    memory.convert(&Request { range: gfns(start, end), to: PageState::Shared }).unwrap();
+}
+
+/// Who maps shared memory: what it has, and how often it was told.
+#[derive(Debug, Default)]
+pub struct Device {
+    pub mapped: Mutex<BTreeMap<u64, u64>>,
+    pub told: Mutex<Vec<(bool, u64, u64)>>,
+    /// Fails to map this frame.
+    pub broken: Mutex<Option<u64>>,
+}
+
+impl Listener for Device {
+    fn map(&self, run: &SharedRun) -> Result<(), ListenerError> {
+        if self.broken.lock().unwrap().is_some_and(|bad| run.gfns.contains(gfn(bad))) {
+            return Err(Errno::ENOSPC.into());
+        }
+        self.told.lock().unwrap().push((true, run.gfns.start().get(), run.gfns.end().get()));
+        for piece in &run.pieces {
+            for (page, at) in piece.gfns.iter().zip(0..) {
+                let before = self.mapped.lock().unwrap().insert(page.get(), piece.hva + at * PAGE);
+                assert_eq!(before, None, "{page} mapped twice");
+            }
+        }
+        Ok(())
+    }
+
+    fn unmap(&self, run: &SharedRun) {
+        self.told.lock().unwrap().push((false, run.gfns.start().get(), run.gfns.end().get()));
+        for page in run.gfns {
+            let before = self.mapped.lock().unwrap().remove(&page.get());
+            assert!(before.is_some() || std::thread::panicking(), "{page} was not mapped");
+        }
+    }
+}
+
+impl Device {
+    pub fn on(memory: &CvmMemory) -> Arc<Self> {
+        let device = Arc::new(Self::default());
+        let listener: Arc<dyn Listener> = Arc::clone(&device) as Arc<dyn Listener>;
+        memory.add_listener(&listener).unwrap();
+        device.told.lock().unwrap().clear();
+        device
+    }
+
+    pub fn told(&self) -> Vec<(bool, u64, u64)> {
+        std::mem::take(&mut self.told.lock().unwrap())
+    }
+}
+
+pub fn kvm_slots(vm: &Vm) -> Vec<SlotInfo> {
+    vm.inner().slots()
+}
+
+pub fn region_calls(vm: &Vm) -> Vec<(u32, u64)> {
+    let region =
+        |call: Call| if let Call::SetUserMemoryRegion2(r) = call { Some((r.slot, r.memory_size)) } else { None };
+    vm.take().into_iter().filter_map(region).collect()
 }
 
 /// How each kind of guest is got out of a run.

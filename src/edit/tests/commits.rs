@@ -56,7 +56,7 @@ fn edits() -> Vec<(Layout, Plan)> {
             let geometry = &all[usize::try_from(numbers.below(all.len() as u64)).unwrap()];
             let slot = |&(start, end): &(u64, u64)| {
                 let flags = if flags { kinds[usize::try_from(numbers.below(3)).unwrap()] } else { kinds[0] };
-                Slot { start, pages: end - start, host: start + 8 * numbers.below(2), flags }
+                Slot { start, pages: end - start, host: start + numbers.below(3), flags }
             };
             geometry.iter().map(slot).collect()
         };

@@ -1,0 +1,289 @@
+//! Edits that are refused, with the reason and before anything happens: what makes no sense, what would do harm on a platform,
+//! what would wait for itself.
+
+mod edit_kit;
+
+use std::sync::{Arc, Mutex, Weak};
+use std::thread;
+use std::time::Duration;
+
+use cvm_memory::addr::{FilePage, Gpa};
+use cvm_memory::backing::SharedSlice;
+use cvm_memory::convert::{Listener, ListenerError, LockError, SharedRun, State};
+use cvm_memory::edit::{Hazard, PlanError};
+use cvm_memory::gate::{Gate, GateError, Kick};
+use cvm_memory::hypervisor::{Hazards, Hypervisor, Platform};
+use cvm_memory::layout::{LayoutError, SlotFlags, SlotId};
+use cvm_memory::memory::{CommitOptions, CvmMemory, EditError, SlotSpec};
+use cvm_memory::soft::{Arch, SoftVm, Tagged};
+use cvm_memory_testkit::Call;
+use edit_kit::*;
+use nix::errno::Errno;
+
+#[test]
+fn what_makes_no_sense_is_refused_before_the_first_call() {
+    let (vm, memory) = private_vm(SoftVm::software_protected(), 64);
+    let file = Arc::clone(memory.space().files().next().unwrap());
+    let refused = |edit: cvm_memory::memory::Edit<'_>| {
+        let error = edit.commit(&BESIDE).unwrap_err();
+        assert_eq!(vm.take(), [], "{error}");
+        error
+    };
+    let mut edit = memory.edit();
+    let range =
+        |result: Result<&mut cvm_memory::memory::Edit<'_>, EditError>| matches!(result, Err(EditError::Range { .. }));
+    assert!(
+        range(edit.delete(1, PAGE)) && range(edit.delete(0, 0)) && range(edit.punch_hole(u64::MAX - 0xfff, 2 * PAGE))
+    );
+    assert!(matches!(edit.delete_slot(SlotId::new(7)), Err(EditError::Refused(_))));
+    // S06: the pages are bound.
+    let private = Some((Arc::clone(&file), FilePage::new(32).unwrap()));
+    let spec =
+        SlotSpec { id: None, gpa: MIB, size: 64 * PAGE, shared: slice(64 * PAGE), private, flags: SlotFlags::empty() };
+    edit.create(SlotSpec { size: 16 * PAGE, ..spec.clone() }).unwrap();
+    assert!(matches!(refused(edit), EditError::Plan(PlanError::Layout(LayoutError::Bind { .. }))));
+    // Longer than its file, longer than its mapping.
+    let mut edit = memory.edit();
+    edit.grow(0, 65 * PAGE).unwrap();
+    assert!(matches!(refused(edit), EditError::Plan(PlanError::Layout(LayoutError::Bind { .. }))));
+    let mut edit = memory.edit();
+    assert!(matches!(edit.create(SlotSpec { shared: slice(PAGE), ..spec }), Err(EditError::SharedTooShort { .. })));
+    // S07.
+    for flags in [SlotFlags::LOG_DIRTY, SlotFlags::READONLY] {
+        let mut edit = memory.edit();
+        edit.set_flags(0, 64 * PAGE, flags).unwrap();
+        assert!(matches!(refused(edit), EditError::Plan(PlanError::Layout(_))));
+    }
+    // Private memory cannot become memory that is never private under the guest's feet.
+    let mut edit = memory.edit();
+    edit.delete(0, 64 * PAGE).unwrap();
+    edit.create(plain(0, 64 * PAGE, &slice(64 * PAGE).backing, 0, SlotFlags::empty())).unwrap();
+    assert!(matches!(refused(edit), EditError::StillPrivate { gfns: still } if still == gfns(0, 64)));
+    let (vm, memory, _) = plain_vm(64, SlotFlags::empty());
+    let mut edit = memory.edit();
+    edit.grow(0, 129 * PAGE).unwrap();
+    assert!(matches!(edit.commit(&FEW).unwrap_err(), EditError::SharedTooShort { .. }));
+    assert_eq!(vm.take(), []);
+}
+
+/// A platform with hazards.
+#[derive(Debug)]
+struct Hazardous(Hazards);
+
+impl Arch for Hazardous {
+    fn platform(&self) -> Platform {
+        Platform { hazards: self.0, name: "hazardous", ..Tagged::PLATFORM }
+    }
+    fn has_protected_state(&self) -> bool {
+        true
+    }
+}
+
+fn hazardous(hazards: Hazards) -> (Vm, Arc<CvmMemory>) {
+    private_vm(SoftVm::with_arch(Arc::new(Hazardous(hazards))), 64)
+}
+
+#[test]
+fn private_memory_that_goes_with_its_slot_is_not_lost_unasked() {
+    let (vm, memory) = hazardous(Hazards { slot_delete_loses_private: true, ..Hazards::NONE });
+    let split = |options: &CommitOptions| {
+        let mut edit = memory.edit();
+        edit.split(32 * PAGE).unwrap();
+        edit.commit(options)
+    };
+    let error = split(&BESIDE).unwrap_err();
+    assert!(matches!(error, EditError::Hazard(Hazard::LosesPrivate { gfns: lost, .. }) if lost == gfns(0, 64)));
+    assert_eq!(vm.take(), []);
+    // Memory beside it is another matter.
+    let mut edit = memory.edit();
+    let private = Some((Arc::new(vm.create_guest_memfd(MIB, 0).unwrap()), FilePage::ZERO));
+    edit.create(SlotSpec { id: None, gpa: MIB, size: MIB, shared: slice(MIB), private, flags: SlotFlags::empty() })
+        .unwrap();
+    edit.commit(&BESIDE).unwrap();
+    split(&CommitOptions { lose_private: true, ..BESIDE }).unwrap();
+    // Nor is anything lost that is shared.
+    share(&memory, 0, 64);
+    let mut edit = memory.edit();
+    edit.merge(0, 64 * PAGE).unwrap();
+    edit.commit(&BESIDE).unwrap();
+}
+
+#[test]
+fn where_vcpus_keep_their_state_in_memory_nothing_private_goes_and_all_stop() {
+    let (_, memory) = hazardous(Hazards { vcpu_state_in_private_memory: true, ..Hazards::NONE });
+    let mut edit = memory.edit();
+    edit.truncate(0, 32 * PAGE).unwrap();
+    let error = edit.clone().commit(&BESIDE).unwrap_err();
+    assert!(matches!(error, EditError::Hazard(Hazard::LosesVcpu { gfns: lost, .. }) if lost == gfns(32, 64)));
+    // The same pages at the same frames: nobody is lost, as long as nobody looks meanwhile.
+    let mut split = memory.edit();
+    split.split(32 * PAGE).unwrap();
+    assert!(split.commit(&BESIDE).unwrap().stopped.is_some());
+    // Memory that goes for good stops nobody elsewhere; here it does.
+    share(&memory, 32, 64);
+    let mut gone = memory.edit();
+    gone.delete(32 * PAGE, 32 * PAGE).unwrap();
+    assert!(gone.commit(&BESIDE).unwrap().stopped.is_some());
+}
+
+#[test]
+fn a_page_appears_at_another_frame_only_once_it_is_freed() {
+    let (vm, memory) = hazardous(Hazards { pages_keep_their_frame: true, ..Hazards::NONE });
+    let file = memory.space().files().next().unwrap().id();
+    let mut edit = memory.edit();
+    edit.move_to(16 * PAGE, 16 * PAGE, MIB).unwrap();
+    let error = edit.clone().commit(&BESIDE).unwrap_err();
+    let EditError::Hazard(Hazard::Rebound { was, wanted, pages, .. }) = error else { panic!("{error}") };
+    assert_eq!((was, wanted, pages.pages()), (gfn(16), gfn(256), 16));
+    assert_eq!(vm.take(), []);
+    edit.commit(&CommitOptions { free_rebound: true, ..BESIDE }).unwrap();
+    let punched: Vec<_> = vm.take().into_iter().filter(Call::is_punch_hole).collect();
+    let (offset, len) = (16 * i64::try_from(PAGE).unwrap(), 16 * i64::try_from(PAGE).unwrap());
+    assert!(
+        matches!(punched.as_slice(), [Call::Fallocate { file: f, offset: o, len: l, .. }] if (*f, *o, *l) == (file, offset, len))
+    );
+    // Away for a while, the pages remember all the same; back where they were, there is nothing to free.
+    let mut edit = memory.edit();
+    edit.delete(MIB, 16 * PAGE).unwrap();
+    edit.commit(&BESIDE).unwrap();
+    let back = |gpa: u64| {
+        let space = memory.space();
+        let private = Some((Arc::clone(space.file(file).unwrap()), FilePage::new(16).unwrap()));
+        let mut edit = memory.edit();
+        let shared = slice(16 * PAGE);
+        edit.create(SlotSpec { id: None, gpa, size: 16 * PAGE, shared, private, flags: SlotFlags::empty() }).unwrap();
+        edit.commit(&BESIDE)
+    };
+    assert!(matches!(back(16 * PAGE), Err(EditError::Hazard(Hazard::Rebound { .. }))));
+    back(MIB).unwrap();
+}
+
+/// Rule 3a: while there is no slot, no shared access may find one missing.
+#[test]
+fn memory_that_goes_is_sealed_where_holes_stick() {
+    let (vm, memory) = hazardous(Hazards { holes_stick: true, ..Hazards::NONE });
+    share(&memory, 0, 64);
+    assert_eq!(vm.inner().private_gfns(), []);
+    let truncate = || {
+        let mut edit = memory.edit();
+        edit.truncate(0, 32 * PAGE).unwrap();
+        edit.commit(&BESIDE)
+    };
+    // A failure takes it back.
+    vm.fail_matching(|call| matches!(call, Call::SetUserMemoryRegion2(r) if r.memory_size != 0), Errno::ENOMEM);
+    truncate().unwrap_err();
+    assert_eq!(vm.inner().private_gfns(), []);
+    truncate().unwrap();
+    assert_eq!(vm.inner().private_gfns(), [gfns(32, 64)]);
+    let mut edit = memory.edit();
+    edit.grow(0, 64 * PAGE).unwrap();
+    edit.commit(&FEW).unwrap();
+    assert_eq!(vm.inner().private_gfns(), [], "shared, as the guest has been told");
+    assert_eq!(memory.state(gfn(40)), Some(State::Shared));
+    memory.write(Gpa(40 * PAGE), b"x").unwrap();
+}
+
+#[test]
+fn nobody_waits_for_himself() {
+    let (vm, memory, _) = plain_vm(64, SlotFlags::empty());
+    #[derive(Debug)]
+    struct Deaf;
+    impl Kick for Deaf {
+        fn entering(&self) {}
+        fn kick(&self) {}
+    }
+    let pass = Gate::register(memory.gate(), Arc::new(Deaf));
+    let commit = |options: &CommitOptions| {
+        let mut edit = memory.edit();
+        edit.split(32 * PAGE).unwrap();
+        edit.commit(options)
+    };
+    // From a vCPU's thread that is in the guest.
+    let inside = pass.enter().unwrap();
+    let before = kvm_slots(&vm);
+    assert!(matches!(commit(&BESIDE), Err(EditError::Gate(GateError::Inside { .. }))));
+    // A vCPU that never leaves.
+    thread::scope(|scope| {
+        let impatient = CommitOptions { patience: Duration::from_millis(1), ..BESIDE };
+        let error = scope.spawn(move || commit(&impatient)).join().unwrap().unwrap_err();
+        assert!(matches!(error, EditError::Gate(GateError::NeverLeft { ref inside, .. }) if *inside == [pass.id()]));
+    });
+    assert_eq!((kvm_slots(&vm), region_calls(&vm)), (before, vec![]));
+    drop(inside);
+    // From a vCPU's thread that is not: nothing wrong with that.
+    commit(&BESIDE).unwrap();
+}
+
+/// Edits its memory when it is told of a change, which must not be.
+#[derive(Debug)]
+struct Meddler(Weak<CvmMemory>, Mutex<Vec<Result<(), String>>>);
+
+impl Listener for Meddler {
+    fn map(&self, run: &SharedRun) -> Result<(), ListenerError> {
+        if let Some(memory) = self.0.upgrade() {
+            let mut edit = memory.edit();
+            edit.split(PAGE).unwrap();
+            let result = edit.commit(&BESIDE).map(drop);
+            let reentrant = matches!(result, Err(EditError::Locked(LockError::Reentrant { .. })));
+            self.1.lock().unwrap().push(if reentrant { Ok(()) } else { Err(format!("{run:?}: {result:?}")) });
+        }
+        Ok(())
+    }
+
+    fn unmap(&self, _: &SharedRun) {}
+}
+
+#[test]
+fn a_listener_cannot_edit() {
+    let (_, memory, _) = plain_vm(64, SlotFlags::empty());
+    let meddler = Arc::new(Meddler(Arc::downgrade(&memory), Mutex::default()));
+    let listener: Arc<dyn Listener> = Arc::clone(&meddler) as Arc<dyn Listener>;
+    let mut edit = memory.edit();
+    edit.truncate(0, 32 * PAGE).unwrap();
+    edit.commit(&FEW).unwrap();
+    memory.add_listener(&listener).unwrap_or_else(|error| panic!("{error}"));
+    let mut edit = memory.edit();
+    edit.grow(0, 40 * PAGE).unwrap();
+    edit.commit(&FEW).unwrap();
+    assert_eq!(*meddler.1.lock().unwrap(), [Ok(()), Ok(())]);
+}
+
+#[test]
+fn two_edits_at_once_both_happen() {
+    let (_, memory, _) = plain_vm(1024, SlotFlags::empty());
+    thread::scope(|scope| {
+        for who in 0..4 {
+            let memory = &memory;
+            scope.spawn(move || {
+                for at in 0..16 {
+                    let mut edit = memory.edit();
+                    edit.punch_hole((who + 4 * at) * 16 * PAGE, PAGE).unwrap();
+                    // Made on an older layout than it is committed on, more often than not.
+                    thread::yield_now();
+                    edit.commit(&BESIDE).unwrap();
+                }
+            });
+        }
+    });
+    let expected: Vec<_> = (0..64).map(|at| gfns(at * 16 + 1, at * 16 + 16)).collect();
+    assert_eq!(slots(&memory), expected);
+}
+
+#[test]
+fn s01_s02_memory_that_begins_and_ends_anywhere() {
+    let vm = SoftVm::software_protected();
+    let file = Arc::new(vm.create_guest_memfd(MIB, 0).unwrap());
+    let shared = SharedSlice { offset: 0x1800, ..slice(MIB) };
+    let section = |gpa, size| {
+        SlotSpec::whole_pages(gpa, size, shared.clone(), Some((Arc::clone(&file), 0x1800)), SlotFlags::empty())
+    };
+    // S01: the offsets advance by what is cut off.
+    let slot = section(0x1800, 0x3000).unwrap();
+    assert_eq!((slot.gpa, slot.size, slot.shared.offset), (0x2000, 0x2000, 0x2000));
+    assert_eq!(slot.private.unwrap().1, FilePage::new(2).unwrap());
+    // S02: no whole page, no slot, no error.
+    for (gpa, size) in [(0x1800, 0x800), (0x1800, 0x400), (0x1800, 0), (0x1001, 0xfff), (u64::MAX, 1)] {
+        assert!(section(gpa, size).is_none(), "{gpa:#x} {size:#x}");
+    }
+    assert_eq!(section(0x1000, 0x1000).map(|slot| (slot.gpa, slot.size)), Some((0x1000, 0x1000)));
+}

@@ -35,10 +35,14 @@ pub fn run(args: &Args) -> Result<Report, Failure> {
     let mut notes = Vec::new();
     let mut image = image(args, &backend.cpuid()?)?;
     let predicted = image.list.digest(&image.vmsas);
-    if backend.lacks_machine_checks() {
-        let without = image.vmsas.into_iter().map(Vmsa::without_machine_checks);
-        image.vmsas = without.collect();
-        notes.push("this host runs without machine checks, so that its KVM makes other save areas".to_owned());
+    if let Some(machine_checks) = backend.machine_checks() {
+        let made = image.vmsas.iter().map(|vmsa| vmsa.clone().on_host(machine_checks)).collect();
+        if made != image.vmsas {
+            notes.push(
+                "this host's KVM makes other save areas than were assumed: CR4.MCE is the host's, and some bits are fixed".to_owned(),
+            );
+            image.vmsas = made;
+        }
     }
     let memory_size = args.memory << 20;
     let (launched, memory) = backend.launch(args, &image, memory_size)?;
@@ -145,9 +149,10 @@ impl Backend {
         }
     }
 
-    /// Whether the host's KVM makes save areas without `CR4.MCE`.
-    fn lacks_machine_checks(&self) -> bool {
-        matches!(self, Self::Kvm { .. }) && !std::path::Path::new("/sys/devices/system/machinecheck").exists()
+    /// Whether the host runs with machine checks, if it makes the save areas.
+    fn machine_checks(&self) -> Option<bool> {
+        let there = || std::path::Path::new("/sys/devices/system/machinecheck").exists();
+        matches!(self, Self::Kvm { .. }).then(there)
     }
 
     fn launch(&self, args: &Args, image: &Image, size: u64) -> Result<(LaunchDigest, CvmMemory), Failure> {

@@ -60,8 +60,10 @@ mod at {
 
 /// `EFER.SVME`, which KVM sets in every guest's save area.
 const EFER_SVME: u64 = 1 << 12;
-/// `CR4.MCE`, which KVM sets in every guest's save area if the host has it set.
+/// `CR4.MCE`, which in every guest's save area is as the host's.
 const CR4_MCE: u64 = 1 << 6;
+/// The bit of RFLAGS that is always one.
+const RFLAGS_FIXED: u64 = 1 << 1;
 /// `MSR_IA32_CR_PAT` after reset.
 const PAT: u64 = 0x0007_0406_0007_0406;
 
@@ -178,7 +180,7 @@ impl Vmsa {
         vmsa.put(at::CR0, 0x10);
         vmsa.put(at::DR7, 0x400);
         vmsa.put(at::DR6, 0xffff_0ff0);
-        vmsa.put(at::RFLAGS, 0x2);
+        vmsa.put(at::RFLAGS, RFLAGS_FIXED);
         vmsa.put(at::RIP, u64::from(start & 0xffff));
         vmsa.put(at::G_PAT, PAT);
         vmsa.put(at::RDX, u64::from(cpu.0));
@@ -200,11 +202,18 @@ impl Vmsa {
         Self { page }
     }
 
-    /// As a KVM makes it whose host runs without machine check exceptions (a kernel without `CONFIG_X86_MCE`): such a KVM does
-    /// not set `CR4.MCE`, and the digest is another one than everywhere else.
+    /// As KVM makes it on a host with or without machine check exceptions, from the [registers](Self::registers) of this page.
+    ///
+    /// Some bits are not the VMM's to choose: the guest's `CR4.MCE` is as the host's (set on every ordinary host, clear on a
+    /// kernel without `CONFIG_X86_MCE`), `EFER.SVME` and bit 1 of RFLAGS are set. [`at_reset`](Self::at_reset) has them as an
+    /// ordinary host does. A page from [elsewhere](Self::from_page) need not: then KVM cannot launch that very page, and the digest
+    /// to expect is that of this one.
     #[must_use]
-    pub fn without_machine_checks(mut self) -> Self {
-        self.put(at::CR4, self.get(at::CR4) & !CR4_MCE);
+    pub fn on_host(mut self, machine_checks: bool) -> Self {
+        let others = self.get(at::CR4) & !CR4_MCE;
+        self.put(at::CR4, if machine_checks { others | CR4_MCE } else { others });
+        self.put(at::EFER, self.get(at::EFER) | EFER_SVME);
+        self.put(at::RFLAGS, self.get(at::RFLAGS) | RFLAGS_FIXED);
         self
     }
 

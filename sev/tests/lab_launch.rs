@@ -64,10 +64,8 @@ fn vmsas(vcpus: u32) -> Vec<Vmsa> {
 
 /// The lab's kernel is built without machine checks, which no kernel of a real host is.
 fn of_this_host(vmsas: Vec<Vmsa>) -> Vec<Vmsa> {
-    if std::fs::exists("/sys/devices/system/machinecheck").unwrap() {
-        return vmsas;
-    }
-    vmsas.into_iter().map(Vmsa::without_machine_checks).collect()
+    let machine_checks = std::fs::exists("/sys/devices/system/machinecheck").unwrap();
+    vmsas.into_iter().map(|vmsa| vmsa.on_host(machine_checks)).collect()
 }
 
 impl Machine {
@@ -191,6 +189,22 @@ fn real_firmware() {
         with_standard.to_string(),
         of_file["snp_launch_digest"]["EPYC-v4 vcpus=1 features=0x1"].as_str().unwrap()
     );
+}
+
+#[cfg(feature = "igvm")]
+#[test]
+fn an_igvm_file_with_its_own_save_area() {
+    use cvm_memory_sev::igvm::{IgvmImage, Parameters};
+    let Some(emulation) = Emulation::here() else { return };
+    let Some((mut machine, launch)) = machine(1) else { return };
+    let image = IgvmImage::parse(&firmware("trixie.igvm"), &Parameters::default()).unwrap();
+    let vmsas = of_this_host(image.vmsas().to_vec());
+    let mut launch = started(launch, 0x2a);
+    launch.import(&machine.memory, image.import_list(), &mut |_| {}).unwrap();
+    let digest = machine.finish(launch, &vmsas).unwrap();
+    let (guest, updates) = emulation.guest([0x2a; 16]);
+    compare(image.import_list(), &vmsas, &updates);
+    assert_eq!(guest["digest"], digest.to_string());
 }
 
 #[test]

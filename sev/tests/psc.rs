@@ -80,7 +80,7 @@ fn all(entries: &[Entry]) -> Header {
 #[test]
 fn fields_stand_where_the_specification_has_them() {
     let raw = 0x0120_1234_5678_9abc_u64;
-    let entry = Entry { cur_page: 0xabc, gfn: 0x1_2345_6789, operation: 2, large: true };
+    let entry = Entry { cur_page: 0xabc, gfn: 0x0001_2345_6789, operation: 2, large: true };
     assert_eq!((Entry::from_raw(raw), entry.raw()), (entry, raw));
     assert_eq!(Entry::from_raw(raw | 0xfe << 56), entry, "reserved bits are not looked at");
     let header = Header { cur_entry: 3, end_entry: 252 };

@@ -1,8 +1,8 @@
 //! OVMF images: what they say about how an SNP guest is to be launched with them.
 //!
-//! An image ends at 4 GiB and is imported there. Near its end stands a [table] of GUIDs; entries of it say where the
-//! [sections] are that the launch has to prepare (memory of the first phase, secrets, CPUID, ...), where other vCPUs start,
-//! and where the [hashes] of a kernel go that the firmware is to trust. The image is untrusted input: everything it says is
+//! An image ends at 4 GiB and is imported there. Near its end stands a table of GUIDs; entries of it say where the
+//! sections are that the launch has to prepare (memory of the first phase, secrets, CPUID, ...), where other vCPUs start,
+//! and where the hashes of a kernel go that the firmware is to trust. The image is untrusted input: everything it says is
 //! checked, and an image that does not say what SNP needs is refused rather than measured in a way that cannot boot.
 //!
 //! Mirrors edk2's `OvmfPkg/ResetVector` (`OvmfSevMetadata.asm`, `Ia16/ResetVectorVtf0.asm`) and what QEMU does with it.

@@ -1,7 +1,7 @@
 //! SNP on the software KVM: a machine with an RMP and a firmware, and VMs that KVM's SNP code would run.
 //!
 //! [`SoftSnp`] is such a VM: its [`vm`](SoftSnp::vm) is a [`SoftVm`] with this platform's hooks, and it takes the launch's
-//! commands as KVM does ([`SnpCommands`]). vCPUs execute the guest's own instructions too ([`pvalidate`], [`rmpadjust`],
+//! commands as KVM does ([`SnpCommands`](crate::commands::SnpCommands)). vCPUs execute the guest's own instructions too ([`pvalidate`], [`rmpadjust`],
 //! [`vmgexit`]); [`SnpGuest`] does with them what Linux does.
 //!
 //! What is not modelled: encryption (contents survive everything but a hole), VMPLs other than 0, faults of the host on the RMP,

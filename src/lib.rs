@@ -13,7 +13,10 @@
 //! | [`backing`] | the memory behind the slots |
 //! | [`hypervisor`] | the seam to KVM, and the real one behind it |
 //! | [`soft`] | the software KVM |
+//! | [`dirty`] | which memory was written |
 //! | [`convert`] | page state changes: request, plan, commit |
+//! | [`gate`] | keeps vCPUs out while memory is in flux |
+//! | [`edit`] | changes of the layout: draft, plan, commit |
 //! | [`prefault`] | memory ahead of use |
 //! | [`memory`] | the facade |
 //! | [`exits`] | from a vCPU's exit to what the VMM must do |
@@ -39,7 +42,10 @@
 pub mod addr;
 pub mod backing;
 pub mod convert;
+pub mod dirty;
+pub mod edit;
 pub mod exits;
+pub mod gate;
 pub mod gmem;
 pub mod hypervisor;
 pub mod layout;
@@ -49,6 +55,7 @@ pub mod prefault;
 pub mod soft;
 pub mod stats;
 mod sync;
+mod words;
 
 #[doc = include_str!("../README.md")]
 #[cfg(doctest)]

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 /// The rooms of the generic crate, from the ground up: each may use those before it, and itself.
 const LAYERS: &[&str] = &[
     "sync",
+    "words",
     "addr",
     "page_set",
     "gmem",
@@ -17,7 +18,10 @@ const LAYERS: &[&str] = &[
     "backing",
     "hypervisor",
     "soft",
+    "dirty",
     "convert",
+    "gate",
+    "edit",
     "prefault",
     "memory",
     "exits",
@@ -29,17 +33,19 @@ const VENDORS: &[&str] = &["sev", "snp", "tdx", "amd", "intel", "rmp", "sept", "
 /// Files in which unsafe code is allowed, and no others.
 const UNSAFE: &[&str] = &[
     "src/backing/shared.rs",
+    "src/gate/signal.rs",
     "src/gmem/residency.rs",
     "src/hypervisor/dirty_log.rs",
     "src/hypervisor/kvm/exit.rs",
     "src/hypervisor/kvm/gmem.rs",
     "src/hypervisor/kvm/raw.rs",
+    "src/hypervisor/kvm/ring.rs",
     "src/hypervisor/kvm/vcpu.rs",
     "src/hypervisor/kvm/vm.rs",
     "src/hypervisor/mod.rs",
     "src/memory/slots.rs",
-    "src/page_set/words.rs",
     "src/soft/hypervisor.rs",
+    "src/words.rs",
 ];
 
 fn sources(folder: &str) -> Vec<(PathBuf, String)> {

@@ -3,10 +3,15 @@
 
 mod soft_kit;
 
+use std::sync::Arc;
 use std::thread;
 
-use cvm_memory::hypervisor::{Cap, ClearDirtyLog, DirtyLog, Hypervisor, MemoryRegion, Vcpu};
-use cvm_memory::soft::{OpResult, SoftVm};
+use cvm_memory::dirty::{DirtyRings, Owners};
+use cvm_memory::hypervisor::{
+    Cap, ClearDirtyLog, DirtyLog, Exit, Hypervisor, MemoryRegion, Platform, PreFaultMemory, Vcpu,
+};
+use cvm_memory::layout::SlotId;
+use cvm_memory::soft::{Arch, OpResult, SoftVm};
 use nix::errno::Errno;
 use soft_kit::*;
 
@@ -90,6 +95,81 @@ fn counted_and_dead() {
         Err(Errno::EIO)
     );
     assert_eq!(vm.reset_dirty_rings(), Err(Errno::EIO));
+}
+
+/// Mapping ahead of use does not look whether the ring is full: beyond its last entry, pages are lost, and that can be told.
+#[test]
+fn prefaulting_overruns_a_ring() {
+    struct All;
+    impl Owners for All {
+        fn owner(&self, _: SlotId) -> Option<(u64, u64)> {
+            Some((0, 600))
+        }
+    }
+    for pages in [255, 256, 257, 600] {
+        let vm = SoftVm::default_type();
+        vm.enable_cap(Cap::DIRTY_LOG_RING, [4096, 0, 0, 0]).unwrap();
+        let ram = Ram::new(600);
+        set_region(&vm, &MemoryRegion { flags: LOG_DIRTY, ..shared_slot(3, GPA, 600 * PAGE, ram.hva()) }).unwrap();
+        let mut vcpu = vm.create_vcpu();
+        let mut rings = DirtyRings::new();
+        rings.add(vcpu.dirty_ring(4096).unwrap());
+        vcpu.pre_fault_memory(&mut PreFaultMemory { gpa: GPA, size: pages * PAGE, flags: 0 }).unwrap();
+        assert_eq!(vm.lost_dirty_pages(), pages.saturating_sub(256));
+        let harvested = rings.harvest(&All).reset(&vm).unwrap();
+        assert_eq!(harvested.overrun, pages >= 256);
+        let seen: u64 = harvested.runs.iter().map(|run| run.pages).sum();
+        assert_eq!(seen, pages.min(256));
+        // Nothing helps a vCPU whose ring was overrun by far: KVM waits for entries that are nowhere.
+        vcpu.start(fill(GPA, 1, 1, false));
+        let stuck = matches!(vcpu.run(), Ok(Exit::DirtyRingFull));
+        assert_eq!(stuck, pages == 600);
+    }
+}
+
+/// Rings that a log backs: a vCPU's writes are in its ring, all others in the log. Only where KVM offers it, and in order.
+#[test]
+fn rings_backed_by_a_log() {
+    #[derive(Debug)]
+    struct Backed;
+    impl Arch for Backed {
+        fn platform(&self) -> Platform {
+            Platform::DEFAULT
+        }
+        fn offers_ring_with_bitmap(&self) -> bool {
+            true
+        }
+    }
+    let backed = Cap::DIRTY_LOG_RING_WITH_BITMAP;
+    for order in 0..3 {
+        let vm = SoftVm::with_arch(Arc::new(Backed));
+        assert_eq!(vm.check_extension(backed), 1);
+        assert_eq!(vm.enable_cap(backed, [0; 4]), Err(Errno::EINVAL), "no ring yet");
+        let ram = Ram::new(8);
+        let slot = MemoryRegion { flags: LOG_DIRTY, ..shared_slot(3, GPA, 8 * PAGE, ram.hva()) };
+        if order == 1 {
+            set_region(&vm, &slot).unwrap();
+        }
+        vm.enable_cap(Cap::DIRTY_LOG_RING, [4096, 0, 0, 0]).unwrap();
+        if order == 2 {
+            set_region(&vm, &slot).unwrap();
+        }
+        if order > 0 {
+            assert_eq!(vm.enable_cap(backed, [0; 4]), Err(Errno::EINVAL), "there is a slot");
+            vm.write_guest(GPA, &[1]).unwrap();
+            assert_eq!(vm.lost_dirty_pages(), u64::from(order == 2));
+            continue;
+        }
+        vm.enable_cap(backed, [0; 4]).unwrap();
+        set_region(&vm, &slot).unwrap();
+        let mut vcpu = vm.create_vcpu();
+        finish(&mut vcpu, fill(GPA + PAGE, 1, 1, false));
+        vm.write_guest(GPA + 2 * PAGE, &[1]).unwrap();
+        assert_eq!(get(&vm, 3, 8), Ok(vec![0b100]));
+        let ring = vcpu.dirty_ring(4096).unwrap();
+        assert_eq!((ring.entries()[0].flags(), ring.entries()[0].page()), (1, (3, 1)));
+        assert_eq!((ring.entries()[1].flags(), vm.lost_dirty_pages()), (0, 0));
+    }
 }
 
 /// Whoever copies pages as the log says ends up with the guest's memory, however the guest's writes and the looks fall.

@@ -42,7 +42,7 @@ impl Entry {
 }
 
 /// Many small scenarios of what the kernel contract says.
-pub const CONTRACT: &[Entry] = chapter!(".": "contract");
+pub const CONTRACT: &[Entry] = chapter!(".": "contract" "kernel");
 
 /// What the software KVM once did differently from Linux 7.3, each as small as it could be made.
 pub const FOUND: &[Entry] = chapter!("found":

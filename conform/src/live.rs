@@ -1,10 +1,11 @@
 //! A VM behind the library's seam, with everything around it that a scenario names.
 
 mod areas;
-mod guests;
+pub(crate) mod guests;
 pub mod kvm;
 mod soft;
 
+use std::arch::x86_64::__cpuid;
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
@@ -177,4 +178,10 @@ impl Machine for Live {
 fn fallocate(file: &GuestMemfd, mode: u32, offset: u64, len: u64) -> Result<(), Errno> {
     let mode = FallocateFlags::from_bits_retain(mode.cast_signed());
     file.ops().fallocate(mode, offset.cast_signed(), len.cast_signed())
+}
+
+/// Whether this processor is QEMU's.
+pub(crate) fn is_emulated() -> bool {
+    let leaf = __cpuid(0x4000_0000);
+    [leaf.ebx, leaf.ecx, leaf.edx].map(u32::to_le_bytes).concat() == b"TCGTCGTCGTCG"
 }

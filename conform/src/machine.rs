@@ -22,3 +22,20 @@ pub struct Shape {
     /// Address bits of the processor (MAXPHYADDR): the limit of memslots and of guests.
     pub physical_bits: u32,
 }
+
+/// A machine of which only the answers to calls are looked at, and not what guests do or what is in memory.
+#[derive(Debug)]
+pub struct CallsOnly<M>(pub M);
+
+impl<M: Machine> Machine for CallsOnly<M> {
+    fn name(&self) -> &'static str {
+        self.0.name()
+    }
+
+    fn play(&mut self, operation: &Operation) -> Observation {
+        match self.0.play(operation) {
+            call @ Observation::Call(_) => call,
+            _ => Observation::Unknown,
+        }
+    }
+}

@@ -59,6 +59,8 @@ pub struct Reference {
     generation: u64,
     /// Pages that were found to be MMIO, and in which generation.
     mmio: BTreeMap<u64, u64>,
+    /// Whether this KVM emulates every access.
+    emulates: bool,
 }
 
 impl Reference {
@@ -88,7 +90,15 @@ impl Reference {
             ring: false,
             generation: 0,
             mmio: BTreeMap::new(),
+            emulates: false,
         }
+    }
+
+    /// Makes it a KVM whose guests' accesses are all emulated: none is made by the processor.
+    #[must_use]
+    pub const fn emulating(mut self) -> Self {
+        self.emulates = true;
+        self
     }
 
     /// Section 1: `has_private_mem`.

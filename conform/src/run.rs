@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::{Config, RngAlgorithm, TestError, TestRng, TestRunner};
 
+use crate::live::guests::SPURIOUS;
 use crate::machine::Shape;
 use crate::play::{Difference, Played};
 use crate::random;
@@ -68,6 +69,10 @@ impl fmt::Display for Tally {
             "{} scenarios, {operations} operations, {skipped} not played, {explained} explained by a known difference",
             self.scenarios
         )?;
+        let spurious = SPURIOUS.load(Ordering::Relaxed);
+        if spurious > 0 {
+            writeln!(out, "{spurious} accesses done again after an exception of the emulated processor")?;
+        }
         let mut last = "";
         for ((operation, outcome), count) in &self.outcomes {
             let name = if operation == last { "" } else { operation };

@@ -12,7 +12,9 @@
 //! | [`commands`] | the seam: KVM's commands for an SNP VM |
 //! | [`kvm`] | the commands on the real KVM |
 //! | [`launch`] | the launch: start, import, finish |
+//! | [`ghcb`] | page state changes as the guest asks for them: the protocols |
 //! | [`rmp`] | the reverse map table: a model of it, and of what Linux does with it |
+//! | [`soft`] | SNP on the software KVM |
 //!
 //! # What has run where
 //! The launch digest is held against digests that other programs compute for the same images. Launches were run on Linux 7.3's
@@ -33,6 +35,7 @@ pub mod commands;
 pub mod cpuid;
 pub mod digest;
 pub mod firmware;
+pub mod ghcb;
 #[cfg(feature = "igvm")]
 pub mod igvm;
 pub mod import;
@@ -40,10 +43,11 @@ pub mod kvm;
 pub mod launch;
 pub mod page;
 pub mod rmp;
+pub mod soft;
 mod uapi;
 pub mod vmsa;
 
-use cvm_memory::hypervisor::{Platform, VmType};
+use cvm_memory::hypervisor::{Hazards, Platform, VmType};
 
 /// `KVM_X86_SNP_VM`: private memory, of which each access says by itself whether it is private (the C-bit). A guest that is
 /// answered `EAGAIN` to a page state change does not ask again.
@@ -60,4 +64,10 @@ pub const SNP: Platform = Platform {
     private_memory: true,
     accesses_carry_privacy: true,
     guest_retries: false,
+    hazards: Hazards {
+        slot_delete_loses_private: false,
+        vcpu_state_in_private_memory: true,
+        pages_keep_their_frame: true,
+        holes_stick: true,
+    },
 };

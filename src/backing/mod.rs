@@ -101,6 +101,18 @@ impl Space {
         Ok(slot)
     }
 
+    /// The same memory and `files` besides, laid out as `layout` has it; `shared` is the memory of its slots.
+    pub(crate) fn relaid(
+        &self,
+        layout: Layout,
+        files: impl IntoIterator<Item = Arc<GuestMemfd>>,
+        shared: BTreeMap<SlotId, SharedSlice>,
+    ) -> Self {
+        let mut all = self.files.clone();
+        all.extend(files.into_iter().map(|file| (file.id(), file)));
+        Self { layout, files: all, shared }
+    }
+
     /// Lets go of a file. Slots that are still bound to it lose their private side.
     pub fn release_file(&mut self, id: FileId) {
         self.layout.close_file(id);

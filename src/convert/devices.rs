@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::addr::{GfnRange, merge_adjacent, subtract_lists};
+use crate::backing::Space;
 
 use super::commit::StepError;
 use super::listener::{Listener, ListenerId, SharedRun};
@@ -71,7 +72,7 @@ impl Converter {
     /// [`AddListenerError::Locked`] if called from within a conversion.
     pub fn add_listener(&self, listener: &Arc<dyn Listener>) -> Result<ListenerId, AddListenerError> {
         let _guard = self.locks.exclusive(everything(), None)?;
-        let runs = self.shared_runs(everything());
+        let runs = self.shared_runs(everything(), &self.space.load());
         for (done, run) in runs.iter().enumerate() {
             if let Err(error) = listener.map(run) {
                 runs.iter().take(done).rev().for_each(|earlier| listener.unmap(earlier));
@@ -88,7 +89,7 @@ impl Converter {
     pub fn remove_listener(&self, id: ListenerId) -> Result<(), LockError> {
         let _guard = self.locks.exclusive(everything(), None)?;
         if let Some(listener) = self.listeners.remove(id) {
-            self.shared_runs(everything()).iter().rev().for_each(|run| listener.unmap(run));
+            self.shared_runs(everything(), &self.space.load()).iter().rev().for_each(|run| listener.unmap(run));
         }
         if self.listeners.is_empty() {
             self.forget_unmapped(everything());
@@ -97,8 +98,7 @@ impl Converter {
     }
 
     /// The shared runs of memory within `gfns`, as listeners hear of them: without those that they could not map again.
-    pub(crate) fn shared_runs(&self, gfns: GfnRange) -> Vec<SharedRun> {
-        let space = self.space.load();
+    fn shared_runs(&self, gfns: GfnRange, space: &Space) -> Vec<SharedRun> {
         let memory = space.layout().table().segments(gfns).filter(|segment| segment.slot.is_some());
         let memory = merge_adjacent(memory.map(|segment| segment.gfns));
         let shared: Vec<_> = memory.iter().flat_map(|&gfns| self.declared.differing_runs(gfns, true)).collect();
@@ -115,22 +115,22 @@ impl Converter {
         }
     }
 
-    /// Tells listeners of memory that has been added, or is about to go. The caller holds
+    /// Tells listeners of memory that has been added, or is about to go, with the memory as `space` has it. The caller holds
     /// [`exclusive`](Self::exclusive) over `gfns`.
     ///
     /// # Errors
     /// [`StepError::Listener`]: nothing of `gfns` is mapped then, and nobody will be told to unmap it.
-    pub(crate) fn announce_locked(&self, gfns: GfnRange, mapped: bool) -> Result<(), StepError> {
+    pub(crate) fn announce_locked(&self, gfns: GfnRange, space: &Space, mapped: bool) -> Result<(), StepError> {
         if self.listeners.is_empty() {
             return Ok(());
         }
         if !mapped {
-            self.shared_runs(gfns).iter().rev().for_each(|run| self.listeners.unmap(run));
+            self.shared_runs(gfns, space).iter().rev().for_each(|run| self.listeners.unmap(run));
             self.forget_unmapped(gfns);
             return Ok(());
         }
         self.forget_unmapped(gfns);
-        let runs = self.shared_runs(gfns);
+        let runs = self.shared_runs(gfns, space);
         for (done, run) in runs.iter().enumerate() {
             if let Err(error) = self.listeners.map(run) {
                 runs.iter().take(done).rev().for_each(|earlier| self.listeners.unmap(earlier));

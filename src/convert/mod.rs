@@ -303,6 +303,34 @@ impl Converter {
         Ok(())
     }
 
+    /// Sets KVM's attribute to private for all of `gfns`, whatever has been declared: memory without a slot to which a guest
+    /// must have no shared access.
+    ///
+    /// # Errors
+    /// [`StepError`].
+    pub(crate) fn seal_locked(&self, gfns: GfnRange) -> Result<(), StepError> {
+        let missing: Vec<_> = self.materialised.differing_runs(gfns, true).collect();
+        self.attributes_locked(&missing, State::Private)
+    }
+
+    /// Takes back what [`seal_locked`](Self::seal_locked) did: KVM's attribute is private only where that was declared.
+    ///
+    /// # Errors
+    /// [`StepError`].
+    pub(crate) fn unseal_locked(&self, gfns: GfnRange) -> Result<(), StepError> {
+        let set: Vec<_> = self.materialised.member_runs(gfns).collect();
+        let kept: Vec<_> = self.declared.member_runs(gfns).collect();
+        self.attributes_locked(&crate::addr::subtract_lists(&set, &kept), State::Shared)
+    }
+
+    fn attributes_locked(&self, runs: &[GfnRange], to: State) -> Result<(), StepError> {
+        let space = self.space.load();
+        let executor = self.executor(&space);
+        runs.iter()
+            .flat_map(|gfns| gfns.split_every(self.rules().chunk))
+            .try_for_each(|gfns| executor.set_attributes(gfns, to))
+    }
+
     fn rules(&self) -> Rules {
         Rules {
             discard: self.options.discard,

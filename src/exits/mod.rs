@@ -11,9 +11,13 @@
 //! panic, wait for ever or spin: a vCPU whose identical fault has nothing left to resolve is reported
 //! ([`Action::Stuck`]) after a few repeats.
 //!
+//! Device input and output passes through here as well, because it need not be any: an access to memory whose slot is just
+//! being replaced looks like it, and is completed as what it was (`flux`).
+//!
 //! It runs no vCPU. Mirrors sections `KVM_EXIT_HYPERCALL` and `KVM_EXIT_MEMORY_FAULT` of
 //! `Documentation/virt/kvm/api.rst`.
 
+mod flux;
 mod limit;
 
 use std::fmt;
@@ -21,7 +25,7 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
-use crate::addr::{Gfn, Gpa};
+use crate::addr::{Gfn, GfnRange, Gpa};
 use crate::convert::{ConvertError, LockError, Outcome, Request, RequestError, State, StepError};
 use crate::hypervisor::{Exit, HypercallExit, MemoryFault};
 use crate::memory::CvmMemory;
@@ -66,6 +70,10 @@ pub enum Handled {
     Refused,
     /// The guest was told to ask again: it has had its [budget](ExitOptions::budget) of conversions for now.
     Postponed,
+    /// The access was one to memory whose slot was being replaced, and KVM cannot repeat it: it was done here.
+    Completed,
+    /// The guest came upon memory whose slot was being replaced. It tries again.
+    Retried,
 }
 
 /// What a guest did that cannot be resolved.
@@ -161,6 +169,8 @@ pub struct VcpuExits {
     repeated: u32,
     /// Pages that requests have converted since the guest was last told to ask again.
     spent: u64,
+    /// Changes of the layout when this vCPU last came upon one.
+    seen_changes: u64,
     log: RateLimit,
 }
 
@@ -172,7 +182,8 @@ impl VcpuExits {
 
     /// With other options than the default ones.
     pub fn with_options(memory: Arc<CvmMemory>, options: ExitOptions) -> Self {
-        Self { memory, options, last: None, repeated: 0, spent: 0, log: RateLimit::default() }
+        let seen_changes = memory.layout_changes();
+        Self { memory, options, last: None, repeated: 0, spent: 0, seen_changes, log: RateLimit::default() }
     }
 
     /// Handles one exit.
@@ -180,6 +191,10 @@ impl VcpuExits {
         match exit {
             Exit::Hypercall(hypercall) => self.hypercall(hypercall),
             Exit::MemoryFault(fault) => self.memory_fault(fault),
+            Exit::Mmio(mmio) => {
+                self.forget();
+                flux::complete(&self.memory, mmio).map_or(Action::NotOurs, Action::Resume)
+            }
             _ => {
                 // The guest got on.
                 self.forget();
@@ -262,10 +277,9 @@ impl VcpuExits {
             }
             // Already what the access wants: another vCPU was faster, or is converting just now, attributes first. Its
             // end is waited for, lest a vCPU count as stuck because another one's range is long.
-            Some(state) if state == request.to => match self.memory.converter().hold(request.range).map(drop) {
-                Ok(()) => self.unchanged(fault),
-                Err(error) => self.guest_error(ConvertError::from(error).into()),
-            },
+            Some(state) if state == request.to => self.unchanged_after(fault, request.range),
+            // About to be memory, or just having become so.
+            None if self.memory.memory_in_flux(gfn).is_some() => self.unchanged_after(fault, request.range),
             None => self.guest_error(GuestError::NotMemory { gfn, to: request.to }),
             Some(_) if !self.options.implicit_conversion => {
                 self.guest_error(GuestError::Implicit { gfn, to: request.to })
@@ -313,6 +327,33 @@ impl VcpuExits {
         }
         self.forget();
         Action::Stuck(*fault)
+    }
+
+    /// Once whoever is at `gfns` has ended, nothing is left to resolve.
+    fn unchanged_after(&mut self, fault: &MemoryFault, gfns: GfnRange) -> Action {
+        match self.memory.converter().hold(gfns).map(drop) {
+            Ok(()) => self.unchanged(fault),
+            Err(error) => self.guest_error(ConvertError::from(error).into()),
+        }
+    }
+
+    /// KVM could not emulate an instruction (`KVM_INTERNAL_ERROR_EMULATION`) that lies at, or accesses, one of `addresses`;
+    /// the VMM has found out which those are. If one of them is memory, and slots have been replaced since this was last
+    /// asked, KVM may have looked while there was none: the guest tries again, with `KVM_CAP_EXIT_ON_EMULATION_FAILURE`
+    /// enabled. Otherwise the guest has gone astray, and it is none of our business.
+    pub fn emulation_failure(&mut self, addresses: &[Gpa]) -> Action {
+        self.forget();
+        let memory = addresses.iter().find(|gpa| self.memory.memory_in_flux(gpa.gfn()).is_some());
+        let Some(gpa) = memory else { return Action::NotOurs };
+        // Whoever is at it ends first.
+        if let Err(error) = self.memory.converter().hold(GfnRange::page(gpa.gfn())).map(drop) {
+            return self.guest_error(ConvertError::from(error).into());
+        }
+        let changes = self.memory.layout_changes();
+        if std::mem::replace(&mut self.seen_changes, changes) == changes {
+            return Action::NotOurs;
+        }
+        Action::Resume(Handled::Retried)
     }
 
     fn guest_error(&mut self, error: GuestError) -> Action {

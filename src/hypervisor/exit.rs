@@ -19,6 +19,8 @@ pub mod exit_reason {
     pub const FAIL_ENTRY: u32 = 9;
     /// `KVM_EXIT_INTERNAL_ERROR`.
     pub const INTERNAL_ERROR: u32 = 17;
+    /// `KVM_EXIT_DIRTY_RING_FULL`.
+    pub const DIRTY_RING_FULL: u32 = 31;
     /// `KVM_EXIT_MEMORY_FAULT`.
     pub const MEMORY_FAULT: u32 = 39;
 }
@@ -102,6 +104,9 @@ pub enum Exit<'a> {
         /// `suberror`.
         suberror: Option<u32>,
     },
+    /// `KVM_EXIT_DIRTY_RING_FULL`: the vCPU's dirty ring has hardly any room left. It enters the guest no more until entries
+    /// have been harvested *and* reset.
+    DirtyRingFull,
     /// Any other exit reason, by number where it is known: none of this library's business.
     Other(Option<u32>),
 }

@@ -8,6 +8,7 @@
 
 mod caps;
 mod dirty_log;
+mod dirty_ring;
 mod exit;
 pub mod kvm;
 
@@ -20,6 +21,7 @@ use crate::gmem::GuestMemfd;
 
 pub use caps::{Cap, Capabilities, MissingCapability, VmType};
 pub use dirty_log::DirtyLog;
+pub use dirty_ring::{DirtyGfn, DirtyRingMemory};
 pub use exit::{Exit, HypercallExit, MemoryFault, Mmio, exit_reason};
 
 /// `KVM_MEMORY_ATTRIBUTE_PRIVATE`: bit 3, the only attribute there is.
@@ -102,6 +104,32 @@ pub struct Platform {
     pub accesses_carry_privacy: bool,
     /// Whether a guest that is answered `EAGAIN` asks again. Where it does not, `EAGAIN` would be an error to it.
     pub guest_retries: bool,
+    /// What an edit of the layout must not do.
+    pub hazards: Hazards,
+}
+
+/// What may go wrong when slots are replaced under a guest, by kind of VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Hazards {
+    /// Deleting a slot destroys the private memory behind it.
+    pub slot_delete_loses_private: bool,
+    /// The state of a vCPU may lie in private memory, at a place that nobody but the guest and KVM knows. A vCPU that runs
+    /// while its slot is missing never runs again.
+    pub vcpu_state_in_private_memory: bool,
+    /// A private page remembers its frame until it is freed: at another one its guest would fault for ever.
+    pub pages_keep_their_frame: bool,
+    /// A shared access to a frame without a slot is remembered as device input or output even once it has one.
+    pub holes_stick: bool,
+}
+
+impl Hazards {
+    /// None of them.
+    pub const NONE: Self = Self {
+        slot_delete_loses_private: false,
+        vcpu_state_in_private_memory: false,
+        pages_keep_their_frame: false,
+        holes_stick: false,
+    };
 }
 
 impl Platform {
@@ -112,6 +140,7 @@ impl Platform {
         private_memory: false,
         accesses_carry_privacy: false,
         guest_retries: false,
+        hazards: Hazards::NONE,
     };
 
     /// KVM's software-protected VM type: private memory, decided by the attribute alone.
@@ -121,6 +150,7 @@ impl Platform {
         private_memory: true,
         accesses_carry_privacy: false,
         guest_retries: false,
+        hazards: Hazards::NONE,
     };
 }
 
@@ -215,4 +245,14 @@ pub trait Vcpu: fmt::Debug + Send {
     /// # Errors
     /// `EINTR` and `EAGAIN` ask for another run; everything else is the end of this vCPU.
     fn run(&mut self) -> Result<Exit<'_>, Errno>;
+
+    /// `mmap(2)` of the vCPU's dirty ring, which has `bytes` bytes as they were enabled on the VM.
+    ///
+    /// # Errors
+    /// `EINVAL` if rings of that size were not enabled when the vCPU was created; `ENOMEM`. `ENODEV` where there are none at
+    /// all, which is what this does by default.
+    fn dirty_ring(&self, bytes: u32) -> Result<Box<dyn DirtyRingMemory>, Errno> {
+        let _ = bytes;
+        Err(Errno::ENODEV)
+    }
 }

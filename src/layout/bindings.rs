@@ -213,6 +213,11 @@ impl Bindings {
         Some(self.runs.remove(at).gfns())
     }
 
+    /// Takes away the bindings of all slots but those that `stay`.
+    pub(super) fn retain(&mut self, stay: impl Fn(&SlotId) -> bool) {
+        self.runs.retain(|run| stay(&run.slot));
+    }
+
     /// Takes every binding away, as closing the file does. Returns what that invalidates, ascending by file page.
     pub fn close(&mut self) -> Vec<(SlotId, GfnRange)> {
         self.runs.drain(..).map(|run| (run.slot, run.gfns())).collect()

@@ -224,6 +224,26 @@ impl Layout {
         Ok(())
     }
 
+    /// Takes the slots of `removed` away and adds `added`, or changes nothing. An id that is removed may be added again. Takes
+    /// one sort, however many they are.
+    ///
+    /// # Errors
+    /// [`LayoutError::UnknownSlot`]; else as [`insert_all`](Self::insert_all).
+    pub fn replace(&mut self, removed: &[SlotId], added: impl IntoIterator<Item = Memslot>) -> Result<(), LayoutError> {
+        let mut gone = removed.to_vec();
+        gone.sort_unstable();
+        if let Some(&id) = gone.iter().find(|id| self.table.get(**id).is_none()) {
+            return Err(LayoutError::UnknownSlot { id });
+        }
+        let stays = |id: &SlotId| gone.binary_search(id).is_err();
+        let mut next = self.clone();
+        next.table = Arc::new(SlotTable::new(self.table.slots().filter(|slot| stays(&slot.id)).copied().collect()));
+        next.files.values_mut().for_each(|bindings| bindings.retain(stays));
+        next.insert_all(added)?;
+        *self = next;
+        Ok(())
+    }
+
     /// The file behind `slot`, and the binding it asks for.
     fn file_of(&self, slot: &Memslot) -> Result<Option<(FileId, Binding)>, LayoutError> {
         let Some((file, pages)) = slot.file_range() else { return Ok(None) };

@@ -1,6 +1,9 @@
 //! Describing a VM's memory, and making it.
 
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
+
+use arc_swap::ArcSwapOption;
 
 use nix::errno::Errno;
 
@@ -220,7 +223,11 @@ impl Builder {
             initial: self.initial.unwrap_or(State::Private),
             materialise: self.materialise.unwrap_or(if lazy { Materialise::Lazy } else { Materialise::Eager }),
             capabilities,
-            editing: Mutex::new(()),
+            editing: Mutex::default(),
+            gate: Arc::default(),
+            harvest: Mutex::default(),
+            intended: ArcSwapOption::empty(),
+            changes: AtomicU64::new(0),
         };
         memory.add_slots(specs)?;
         Ok(memory)

@@ -9,13 +9,17 @@
 //! does it: removing a slot under running vCPUs shows to the guest, and it is up to the caller to keep them out.
 
 mod builder;
+mod commit;
+mod edit;
+mod frames;
 mod inspect;
 mod slots;
 
 use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use arc_swap::{ArcSwap, Cache, Guard};
+use arc_swap::{ArcSwap, ArcSwapOption, Cache, Guard};
 
 use crate::addr::{AddrError, Gfn, GfnRange, Gpa, PAGE_SIZE};
 use crate::backing::Space;
@@ -23,15 +27,21 @@ use crate::convert::{
     AddListenerError, ConvertError, Converter, Listener, ListenerId, LockError, Outcome, Pin, PinError, Request, State,
     StepError,
 };
+use crate::edit::Harvest;
+use crate::gate::Gate;
 use crate::gmem::FileId;
 use crate::hypervisor::{Cap, Capabilities, Hypervisor, MissingCapability, Platform, Vcpu};
-use crate::layout::SlotId;
+use crate::layout::{SlotFlags, SlotId, SlotTable};
 use crate::page_set::PageSet;
 use crate::prefault::{PrefaultError, PrefaultOptions, Prefaulted, Progress, prefault};
 use crate::stats::{Requests, Syscalls};
 
 pub use builder::{BuildError, Builder};
+pub use commit::{CommitOptions, Committed};
+pub use edit::{Edit, EditError, NestedEdit};
 pub use inspect::MemoryMap;
+
+use frames::Frames;
 pub use slots::{SlotError, SlotSpec};
 
 /// When KVM is told that a page is private.
@@ -79,7 +89,15 @@ pub struct CvmMemory {
     materialise: Materialise,
     capabilities: Capabilities,
     /// Held while slots are added or removed.
-    editing: Mutex<()>,
+    editing: Mutex<Frames>,
+    /// Keeps vCPUs out while slots are replaced.
+    gate: Arc<Gate>,
+    /// Who keeps dirty bits.
+    harvest: Mutex<Option<Arc<dyn Harvest>>>,
+    /// The slots as they are about to be, while they are being replaced.
+    intended: ArcSwapOption<SlotTable>,
+    /// Counts the beginning and the end of each replacement.
+    changes: AtomicU64,
 }
 
 /// What there is at a guest frame, and in which state.
@@ -363,8 +381,33 @@ impl CvmMemory {
         }
     }
 
+    /// The gate that vCPUs pass around `KVM_RUN`.
+    pub const fn gate(&self) -> &Arc<Gate> {
+        &self.gate
+    }
+
+    /// Has `harvest` asked for dirty bits before a dirty log goes.
+    pub fn set_harvest(&self, harvest: Option<Arc<dyn Harvest>>) {
+        *self.harvest.lock().unwrap_or_else(PoisonError::into_inner) = harvest;
+    }
+
+    fn harvester(&self) -> Option<Arc<dyn Harvest>> {
+        self.harvest.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether `gfn` is memory, or is about to be: with the flags of its slot.
+    pub(crate) fn memory_in_flux(&self, gfn: Gfn) -> Option<SlotFlags> {
+        let now = self.space().layout().table().lookup(gfn).map(|slot| slot.flags);
+        now.or_else(|| self.intended.load().as_ref()?.lookup(gfn).map(|slot| slot.flags))
+    }
+
+    /// A number that changes whenever slots begin or end to be replaced.
+    pub(crate) fn layout_changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
+    }
+
     /// Keeps other edits out. A listener that asked for one would wait for itself.
-    fn editing(&self) -> Result<std::sync::MutexGuard<'_, ()>, LockError> {
+    fn editing(&self) -> Result<std::sync::MutexGuard<'_, Frames>, LockError> {
         self.converter.refuse_reentry()?;
         Ok(self.editing.lock().unwrap_or_else(PoisonError::into_inner))
     }

@@ -143,7 +143,7 @@ impl CvmMemory {
     /// # Errors
     /// [`SlotError`].
     pub fn add_slots(&self, specs: Vec<SlotSpec>) -> Result<Vec<SlotId>, SlotError> {
-        let _editing = self.editing()?;
+        let mut frames = self.editing()?;
         let current = self.converter.space().clone();
         let mut next = Space::clone(&current);
         let added = resolve(specs, &current)?;
@@ -184,19 +184,21 @@ impl CvmMemory {
             self.set_region(slot, slot.gfns.bytes(), file.as_deref())?;
             undo.created.push(*slot);
         }
+        let published = next.clone();
         self.converter.publish_space(next);
         for slot in &slots {
-            if let Err(error) = self.converter.announce_locked(slot.gfns, true) {
+            if let Err(error) = self.converter.announce_locked(slot.gfns, &published, true) {
                 let before = slots.iter().take_while(|other| other.id != slot.id);
                 for slot in before {
                     // Unmapping cannot fail.
-                    let _unmapped = self.converter.announce_locked(slot.gfns, false);
+                    let _unmapped = self.converter.announce_locked(slot.gfns, &published, false);
                 }
                 self.converter.publish_space(Space::clone(&current));
                 return Err(SlotError::Step { gfns: slot.gfns, error });
             }
         }
         undo.armed = false;
+        slots.iter().for_each(|slot| frames.bound(slot));
         Ok(slots.iter().map(|slot| slot.id).collect())
     }
 
@@ -216,9 +218,9 @@ impl CvmMemory {
         let _guard = self.converter.exclusive(gfns)?;
         let step = |error| SlotError::Step { gfns, error };
         self.converter.settle_locked(gfns).map_err(step)?;
-        self.converter.announce_locked(gfns, false).map_err(step)?;
+        self.converter.announce_locked(gfns, &current, false).map_err(step)?;
         if let Err(error) = self.set_region(&slot, 0, None) {
-            self.converter.announce_locked(gfns, true).map_err(step)?;
+            self.converter.announce_locked(gfns, &current, true).map_err(step)?;
             return Err(error);
         }
         self.converter.publish_space(next);
@@ -247,7 +249,7 @@ impl CvmMemory {
         let slots: Vec<Memslot> = current.layout().table().slots().copied().collect();
         for slot in slots.iter().rev() {
             let freed = self.converter.settle_locked(slot.gfns);
-            let unmapped = self.converter.announce_locked(slot.gfns, false);
+            let unmapped = self.converter.announce_locked(slot.gfns, &current, false);
             if let Some(error) = freed.err().or(unmapped.err()) {
                 tracing::warn!(%error, slot = slot.id.raw(), "memory left behind");
             }
@@ -261,9 +263,14 @@ impl CvmMemory {
 
     /// `KVM_SET_USER_MEMORY_REGION2`; size zero deletes.
     fn set_region(&self, slot: &Memslot, size: u64, file: Option<&GuestMemfd>) -> Result<(), SlotError> {
-        let counters = self.converter.counters();
-        counters.issued.set_user_memory_region2.add(1);
-        counters.naive.set_user_memory_region2.add(1);
+        self.converter.counters().naive.set_user_memory_region2.add(1);
+        let kvm = |errno| SlotError::Kvm { slot: slot.id.raw(), gfns: slot.gfns, errno };
+        self.call_region(slot, size, file).map_err(kvm)
+    }
+
+    /// The call itself. The memory of `slot` is that of a [`SharedSlice`] which the space before or after the call owns.
+    pub(super) fn call_region(&self, slot: &Memslot, size: u64, file: Option<&GuestMemfd>) -> Result<(), Errno> {
+        self.converter.counters().issued.set_user_memory_region2.add(1);
         let region = MemoryRegion {
             slot: slot.id.raw(),
             flags: slot.flags.bits(),
@@ -273,13 +280,10 @@ impl CvmMemory {
             guest_memfd_offset: slot.binding.map_or(0, |binding| binding.start.start_byte()),
             guest_memfd: file.map_or(-1, |file| file.as_fd().as_raw_fd()),
         };
-        // SAFETY: the address range lies within the slot's `SharedBacking` (checked by `resolve`), which is memory for
-        // the guest while it lives; the space published next, and so `self`, keeps it until the slot has been deleted.
-        unsafe { self.converter.hypervisor().set_user_memory_region2(&region) }.map_err(|errno| SlotError::Kvm {
-            slot: slot.id.raw(),
-            gfns: slot.gfns,
-            errno,
-        })
+        // SAFETY: the address range lies within the slot's `SharedBacking` (checked by `resolve`, or by the edit), which is
+        // memory for the guest while it lives; the space published next, and so `self`, keeps it until the slot has been
+        // deleted.
+        unsafe { self.converter.hypervisor().set_user_memory_region2(&region) }
     }
 }
 

@@ -4,8 +4,8 @@
 //! any time.
 
 use super::CHUNK_SHIFT;
-use super::words::Words;
 use crate::sync::{AtomicU64, Ordering};
+use crate::words::Words;
 
 /// log2 of the pages per word.
 const PAGES_SHIFT: u32 = 6;

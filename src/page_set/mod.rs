@@ -38,7 +38,6 @@ mod stripes;
 mod tags;
 #[cfg(all(test, not(loom)))]
 mod tests;
-mod words;
 
 use std::fmt;
 

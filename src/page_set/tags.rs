@@ -4,8 +4,8 @@
 //! every word a reader loads continues the release sequence of whoever published a `Mixed` still standing in it. Only a
 //! writer that replaces all 32 tags at once stores plainly.
 
-use super::words::Words;
 use crate::sync::{AtomicU64, Ordering};
+use crate::words::Words;
 
 /// What a chunk's tag says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -84,6 +84,8 @@ pub enum Step {
     },
     /// The guest gets an exception.
     Exception,
+    /// It is finished, and the vCPU exits for a reason that is not about memory: `KVM_EXIT_...` by its number.
+    Exit(u32),
     /// KVM gives the VM up.
     KillVm,
 }
@@ -101,8 +103,8 @@ pub struct Instruction {
     pub round: u64,
     /// What userspace answered to the last [`Step::Hypercall`].
     pub answer: Option<u64>,
-    /// Hypercalls that may exit to userspace, as a bit mask (`KVM_CAP_EXIT_HYPERCALL`).
-    pub exit_hypercall: u64,
+    /// Whether hypercalls for page state changes exit (`KVM_CAP_EXIT_HYPERCALL`).
+    pub map_gpa_exits: bool,
 }
 
 /// Guest memory as the hardware finds it at one moment: mapped, or not.
@@ -132,6 +134,11 @@ pub trait Arch: fmt::Debug + Send + Sync {
 
     /// Whether private memory has page tables of its own, so that each side is zapped without the other.
     fn separate_private_root(&self) -> bool {
+        false
+    }
+
+    /// `KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP`, which KVM has on some machines only.
+    fn offers_ring_with_bitmap(&self) -> bool {
         false
     }
 
@@ -208,6 +215,22 @@ pub trait Arch: fmt::Debug + Send + Sync {
         Ok(())
     }
 
+    /// The frame of a page that holds state of this vCPU, if that page is to be looked up before the vCPU enters the guest. It is
+    /// looked up as for a private fault, but whatever the attribute says; [`state_page_found`](Self::state_page_found) hears
+    /// of it. Called with no lock held.
+    fn state_page(&self, _vcpu: u32) -> Option<Gfn> {
+        None
+    }
+
+    /// What was found at the frame that [`state_page`](Self::state_page) gave. Called with no lock held.
+    fn state_page_found(&self, _vcpu: u32, _found: Result<GmemPage, Errno>) {}
+
+    /// Why the hardware would refuse to enter the guest on this vCPU: `hardware_entry_failure_reason` of
+    /// `KVM_EXIT_FAIL_ENTRY`. Called with no lock held.
+    fn entry_failure(&self, _vcpu: u32) -> Option<u64> {
+        None
+    }
+
     /// Whether a shared access without a slot leaves a mapping that says "MMIO" for good: KVM only hears of the first, and
     /// a slot created there later stays out of reach.
     fn sticky_mmio(&self) -> bool {
@@ -268,6 +291,7 @@ impl Tagged {
         private_memory: true,
         accesses_carry_privacy: true,
         guest_retries: true,
+        hazards: crate::hypervisor::Hazards::NONE,
     };
 }
 

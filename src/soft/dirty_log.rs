@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use nix::errno::Errno;
 
 use super::dirty::{BITS, DirtyBits};
+use super::dirty_ring::Ring;
 use super::host;
 use super::memslots::Slot;
 use super::mmu::Mmu;
@@ -38,9 +39,47 @@ impl Vm {
         self.manual_protect.load(Ordering::Acquire) & INITIALLY_SET != 0
     }
 
+    /// `mark_page_dirty_in_slot()`, by the vCPU of that ring or by nobody.
+    pub(super) fn mark_dirty(&self, slot: &Slot, gfn: Gfn, ring: Option<&Ring>) {
+        let page = gfn.pages_from(slot.gfns.start()).filter(|_| slot.flags.contains(SlotFlags::LOG_DIRTY));
+        let Some(page) = page else { return };
+        let noted = match (ring, &slot.dirty) {
+            (Some(ring), _) => ring.push(slot.id.raw(), page),
+            (None, Some(bits)) => {
+                bits.set(page);
+                true
+            }
+            (None, None) => false,
+        };
+        if !noted {
+            self.rings.lose();
+        }
+    }
+
+    /// `kvm_vm_ioctl_reset_dirty_pages()`.
+    pub(super) fn reset_dirty_rings(&self) -> Result<u64, Errno> {
+        if !self.rings.enabled() {
+            return Err(Errno::EINVAL);
+        }
+        let _slots_lock = self.lock_slots();
+        let mut taken = 0_u64;
+        for ring in self.rings.all() {
+            while let Some((slot, page)) = ring.reset_one() {
+                taken = taken.saturating_add(1);
+                // Whose slot has gone meanwhile, or has become shorter, is nobody's.
+                let Ok(id) = self.possible_slot(slot) else { continue };
+                let Some(slot) = self.slots().get(id).cloned() else { continue };
+                if page < slot.gfns.pages() {
+                    self.protect_masked(&mut self.mmu_mut(), &slot, page, 1);
+                }
+            }
+        }
+        Ok(taken)
+    }
+
     /// The log of a slot that comes into being: none, the one it has had, or a new one.
     pub(super) fn log_for(&self, gfns: GfnRange, flags: SlotFlags, old: Option<&Slot>) -> Option<Arc<DirtyBits>> {
-        if !flags.contains(SlotFlags::LOG_DIRTY) {
+        if !flags.contains(SlotFlags::LOG_DIRTY) || !self.rings.use_bitmap() {
             return None;
         }
         let kept = old.and_then(|old| old.dirty.clone());
@@ -49,7 +88,7 @@ impl Vm {
 
     /// `kvm_mmu_slot_apply_flags()`, once a slot's new flags are seen by everyone: from here on its writes are logged.
     pub(super) fn start_logging(&self, slot: &Slot) {
-        if slot.dirty.is_some() && !self.initially_set() {
+        if slot.flags.contains(SlotFlags::LOG_DIRTY) && !self.initially_set() {
             self.protect(&mut self.mmu_mut(), slot, slot.gfns);
         }
     }
@@ -79,6 +118,11 @@ impl Vm {
         Ok((slot, bits))
     }
 
+    /// Rings may have taken the place of the logs.
+    fn has_logs(&self) -> Result<(), Errno> {
+        if self.rings.use_bitmap() { Ok(()) } else { Err(Errno::ENXIO) }
+    }
+
     /// An id that some slot could have.
     fn possible_slot(&self, slot: u32) -> Result<SlotId, Errno> {
         let id = SlotId::from_raw(slot);
@@ -87,6 +131,7 @@ impl Vm {
 
     /// `kvm_get_dirty_log_protect()`.
     pub(super) fn get_dirty_log(&self, slot: u32, log: &mut DirtyLog) -> Result<(), Errno> {
+        self.has_logs()?;
         let _slots_lock = self.lock_slots();
         let id = self.possible_slot(slot)?;
         let (slot, bits) = self.logged_slot(id)?;
@@ -114,6 +159,7 @@ impl Vm {
         if !clear.is_whole() {
             return Err(Errno::EFAULT);
         }
+        self.has_logs()?;
         let _slots_lock = self.lock_slots();
         let id = self.possible_slot(clear.slot)?;
         if !clear.first_page.is_multiple_of(BITS) {
@@ -148,7 +194,7 @@ impl Vm {
             }
             let hva = slot.hva(at.gfn()).and_then(|hva| hva.checked_add(at.page_offset())).ok_or(Errno::EFAULT)?;
             host::write(hva, now)?;
-            slot.mark_dirty(at.gfn());
+            self.mark_dirty(&slot, at.gfn(), None);
             data = rest;
             if !data.is_empty() {
                 at = at.get().checked_add(in_page).map(Gpa).ok_or(Errno::EFAULT)?;

@@ -7,6 +7,7 @@
 
 use std::collections::VecDeque;
 
+use super::dirty_ring::Ring;
 use super::host;
 use super::vm::Vm;
 use crate::addr::{Gpa, PAGE_SIZE};
@@ -62,8 +63,8 @@ fn copy(to: &mut [u8], from: &[u8]) {
 }
 
 impl Vm {
-    /// Begins to emulate an access to `len` bytes, or a write of `output`.
-    pub(super) fn emulate(&self, gpa: u64, output: Option<&[u8]>, len: usize) -> Emulation {
+    /// Begins to emulate an access to `len` bytes, or a write of `output`, by the vCPU with that dirty ring.
+    pub(super) fn emulate(&self, gpa: u64, output: Option<&[u8]>, len: usize, ring: Option<&Ring>) -> Emulation {
         let mut bytes = output.map_or_else(|| vec![0; len], <[u8]>::to_vec);
         let mut fragments = VecDeque::new();
         let mut done = 0_usize;
@@ -73,7 +74,7 @@ impl Vm {
             let range = done..bytes.len().min(done.saturating_add(in_page));
             done = range.end;
             let piece = bytes.get_mut(range.clone()).unwrap_or_default();
-            if !self.reach(at, piece, output.is_some()) {
+            if !self.reach(at, piece, output.is_some(), ring) {
                 fragments.push_back((at.get(), range));
             }
         }
@@ -81,7 +82,11 @@ impl Vm {
     }
 
     /// Accesses memory by its address in this process, within a page. Returns whether that could be done.
-    fn reach(&self, at: Gpa, bytes: &mut [u8], write: bool) -> bool {
+    fn reach(&self, at: Gpa, bytes: &mut [u8], write: bool, ring: Option<&Ring>) -> bool {
+        if self.arch().sticky_mmio() {
+            // KVM cannot see the instruction. The guest asks for the access by itself, and gets it from userspace.
+            return false;
+        }
         let _srcu = self.srcu.enter();
         let slot = self.slots().find(0, at.gfn()).cloned();
         let Some(slot) = slot.filter(|slot| !slot.invalid) else { return false };
@@ -89,7 +94,7 @@ impl Vm {
         if write {
             let written = !slot.flags.contains(SlotFlags::READONLY) && host::write(hva, bytes).is_ok();
             if written {
-                slot.mark_dirty(at.gfn());
+                self.mark_dirty(&slot, at.gfn(), ring);
             }
             written
         } else {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 
 use super::arch::{Access, AccessKind, Denied, GmemPage, GuestView};
+use super::dirty_ring::Ring;
 use super::host;
 use super::memslots::Slot;
 use super::mmu::{Mmu, Spte, Target};
@@ -169,8 +170,16 @@ impl Vm {
         Ok(&spte.target)
     }
 
-    /// A fault at `gfn`. The caller is in an SRCU section, so that no slot it finds goes away under it.
-    pub(super) fn fault(&self, gfn: Gfn, kind: AccessKind, requested: bool, missing: Missing) -> Fault {
+    /// A fault at `gfn`, by the vCPU with that dirty ring. The caller is in an SRCU section, so that no slot it finds goes away
+    /// under it.
+    pub(super) fn fault(
+        &self,
+        gfn: Gfn,
+        kind: AccessKind,
+        requested: bool,
+        missing: Missing,
+        ring: Option<&Ring>,
+    ) -> Fault {
         let seq = self.mmu().seq();
         let attribute = self.is_private(gfn);
         let private = self.arch().access_is_private(requested, attribute && missing != Missing::StaleMmio);
@@ -220,10 +229,22 @@ impl Vm {
         }
         if !readonly {
             // Whoever can write is taken to do so, whatever kind of access this is.
-            slot.mark_dirty(gfn);
+            self.mark_dirty(&slot, gfn, ring);
         }
         mmu.map(gfn, Spte { target, private, writable: !readonly });
         Fault::Mapped
+    }
+
+    /// The page at `gfn` for the state of a vCPU, as a platform's own code looks it up: whatever the attribute says, and not
+    /// waiting for a slot that is being replaced. `EAGAIN` while the frame is being invalidated. The caller is in an SRCU section.
+    pub(super) fn state_page(&self, gfn: Gfn) -> Result<GmemPage, Errno> {
+        let seq = self.mmu().seq();
+        let slot = self.slots().find(0, gfn).filter(|slot| !slot.invalid).cloned().ok_or(Errno::ENOENT)?;
+        let target = self.gmem_pfn(&slot, gfn)?;
+        if self.mmu().must_retry(seq, gfn) {
+            return Err(Errno::EAGAIN);
+        }
+        target.gmem_page().ok_or(Errno::EFAULT)
     }
 
     /// `kvm_gmem_get_pfn()`.

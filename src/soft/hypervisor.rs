@@ -9,6 +9,7 @@ use nix::errno::Errno;
 use super::SoftVm;
 use super::counters::Call;
 use super::dirty_log::{INITIALLY_SET, MANUAL_PROTECT};
+use super::dirty_ring;
 use super::file::GmemFile;
 use super::gmem::SoftGmem;
 use super::region::USER_MEM_SLOTS;
@@ -43,6 +44,8 @@ impl Hypervisor for SoftVm {
             Cap::NR_MEMSLOTS => u64::from(USER_MEM_SLOTS),
             Cap::READONLY_MEM => u64::from(!arch.has_protected_state()),
             Cap::MULTI_ADDRESS_SPACE => u64::from(self.vm.address_spaces()),
+            Cap::DIRTY_LOG_RING | Cap::DIRTY_LOG_RING_ACQ_REL => dirty_ring::MAX_BYTES,
+            Cap::DIRTY_LOG_RING_WITH_BITMAP => u64::from(arch.offers_ring_with_bitmap()),
             Cap::MANUAL_DIRTY_LOG_PROTECT2 => MANUAL_PROTECT | INITIALLY_SET,
             Cap::EXIT_HYPERCALL => MAP_GPA_RANGE_BIT,
             Cap::EXIT_ON_EMULATION_FAILURE
@@ -72,6 +75,11 @@ impl Hypervisor for SoftVm {
             }
             Cap::EXIT_ON_EMULATION_FAILURE if value <= 1 => {
                 self.vm.exit_on_emulation_failure.store(value == 1, Ordering::Release);
+            }
+            Cap::DIRTY_LOG_RING | Cap::DIRTY_LOG_RING_ACQ_REL => self.vm.rings.enable(value)?,
+            Cap::DIRTY_LOG_RING_WITH_BITMAP if self.vm.arch().offers_ring_with_bitmap() => {
+                let _slots_lock = self.vm.lock_slots();
+                self.vm.rings.back(self.vm.slots().iter().next().is_none())?;
             }
             Cap::MANUAL_DIRTY_LOG_PROTECT2 => self.vm.set_manual_protect(value)?,
             DISABLE_QUIRKS2 if value & !QUIRK_SLOT_ZAP_ALL == 0 => {
@@ -123,6 +131,6 @@ impl Hypervisor for SoftVm {
     fn reset_dirty_rings(&self) -> Result<u64, Errno> {
         self.vm.count(Call::ResetDirtyRings);
         self.vm.check_alive()?;
-        Err(Errno::EINVAL)
+        self.vm.reset_dirty_rings()
     }
 }

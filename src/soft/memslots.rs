@@ -78,13 +78,6 @@ impl Slot {
         self.userspace_addr.checked_add(Gfn::new(skip)?.start_byte())
     }
 
-    /// `mark_page_dirty_in_slot()`.
-    pub(super) fn mark_dirty(&self, gfn: Gfn) {
-        if let (Some(bits), Some(page)) = (&self.dirty, gfn.pages_from(self.gfns.start())) {
-            bits.set(page);
-        }
-    }
-
     /// The file page behind `gfn`.
     pub(super) fn file_page(&self, gfn: Gfn) -> Option<FilePage> {
         let file = self.file.as_ref()?;

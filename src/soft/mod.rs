@@ -29,6 +29,7 @@ pub mod attributes;
 mod counters;
 mod dirty;
 mod dirty_log;
+mod dirty_ring;
 mod emulate;
 mod fault;
 mod file;
@@ -148,6 +149,11 @@ impl SoftVm {
         SoftVcpu::new(Arc::clone(&self.vm))
     }
 
+    /// How many vCPUs have been created.
+    pub fn vcpus(&self) -> u32 {
+        self.vm.vcpu_count()
+    }
+
     /// Marks the VM as dead, as a bug in KVM would: every later ioctl gives `EIO`. Files still work.
     pub fn kill(&self) {
         self.vm.kill();
@@ -186,6 +192,12 @@ impl SoftVm {
     /// `EFAULT` where there is no slot, a read-only one, or no memory behind it; what comes before in `data` was written.
     pub fn write_guest(&self, gpa: u64, data: &[u8]) -> Result<(), Errno> {
         self.vm.write_guest(gpa, data)
+    }
+
+    /// Pages that were written and noted nowhere: KVM warns of them. A full ring without a soft limit kept, or a write in no
+    /// vCPU's name where rings are not backed by a log.
+    pub fn lost_dirty_pages(&self) -> u64 {
+        self.vm.rings.lost()
     }
 
     /// System calls made so far.

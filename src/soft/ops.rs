@@ -110,8 +110,8 @@ impl Running {
         Self { op, done: 0, read: Vec::new(), round: 0, answer: None }
     }
 
-    pub(super) const fn instruction(&self, vcpu: u32, nr: u64, args: [u64; 4], exit_hypercall: u64) -> Instruction {
-        Instruction { vcpu, nr, args, round: self.round, answer: self.answer, exit_hypercall }
+    pub(super) const fn instruction(&self, vcpu: u32, nr: u64, args: [u64; 4], map_gpa_exits: bool) -> Instruction {
+        Instruction { vcpu, nr, args, round: self.round, answer: self.answer, map_gpa_exits }
     }
 
     /// First byte, length and privacy of an operation on memory.

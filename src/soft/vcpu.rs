@@ -10,12 +10,13 @@ use nix::errno::Errno;
 
 use super::arch::{AccessKind, Denied, Step};
 use super::counters::Call;
+use super::dirty_ring::Ring;
 use super::emulate::{Emulation, Fragment};
 use super::fault::{Data, Fault, Missing, View, Walk};
 use super::ops::{GuestOp, OpResult, Running};
 use super::vm::Vm;
 use crate::addr::{Gfn, GfnRange, Gpa, PAGE_SIZE};
-use crate::hypervisor::{Exit, HypercallExit, MemoryFault, Mmio, PreFaultMemory, Vcpu};
+use crate::hypervisor::{DirtyRingMemory, Exit, HypercallExit, MemoryFault, Mmio, PreFaultMemory, Vcpu};
 
 /// `KVM_HC_MAP_GPA_RANGE` as a bit of `KVM_CAP_EXIT_HYPERCALL`.
 pub(super) const MAP_GPA_RANGE_BIT: u64 = 1 << HypercallExit::MAP_GPA_RANGE;
@@ -50,6 +51,9 @@ enum Stop {
     MmioRead(u64, usize),
     MmioWrite(u64, usize),
     EmulationFailure,
+    RingFull,
+    FailEntry(u64),
+    Other(u32),
 }
 
 /// How a piece of memory access ended.
@@ -57,6 +61,7 @@ enum Piece {
     Done,
     Mmio,
     Exception,
+    RingFull,
 }
 
 /// Makes a vCPU leave the guest: `kvm_run.immediate_exit` and a signal in one. While it is set, `run` returns `EINTR` as soon
@@ -88,11 +93,13 @@ pub struct SoftVcpu {
     mmio: [u8; MMIO_BYTES],
     hypercall_ret: u64,
     emulation: Option<Emulation>,
+    ring: Option<Arc<Ring>>,
 }
 
 impl SoftVcpu {
     pub(super) fn new(vm: Arc<Vm>) -> Self {
         let index = vm.next_vcpu();
+        let ring = vm.rings.create();
         Self {
             vm,
             index,
@@ -103,6 +110,7 @@ impl SoftVcpu {
             mmio: [0; MMIO_BYTES],
             hypercall_ret: 0,
             emulation: None,
+            ring,
         }
     }
 
@@ -132,6 +140,11 @@ impl SoftVcpu {
 
     fn interrupted(&self) -> Result<(), Errno> {
         if self.interrupt.is_set() { Err(Errno::EINTR) } else { Ok(()) }
+    }
+
+    /// `kvm_dirty_ring_check_request()`.
+    fn ring_full(&self) -> bool {
+        self.ring.as_ref().is_some_and(|ring| ring.soft_full())
     }
 
     fn finish(&mut self, result: OpResult) {
@@ -195,8 +208,16 @@ impl SoftVcpu {
         }
         self.interrupted()?;
         self.vm.arch().may_run()?;
-        while let Some(running) = &self.running {
+        while self.running.is_some() {
             self.vm.check_alive()?;
+            if self.ring_full() {
+                return Ok(Stop::RingFull);
+            }
+            self.load_state()?;
+            if let Some(reason) = self.vm.arch().entry_failure(self.index) {
+                return Ok(Stop::FailEntry(reason));
+            }
+            let Some(running) = &self.running else { break };
             let stop = match (&running.op, running.memory()) {
                 (GuestOp::Read { .. } | GuestOp::Write { .. }, Some((gpa, len @ 1..=INSTRUCTION_BYTES, private))) => {
                     self.instruction_access(gpa, len, private)?
@@ -217,6 +238,22 @@ impl SoftVcpu {
             }
         }
         Ok(Stop::Halt)
+    }
+
+    /// Looks up the page that holds the vCPU's state, where the platform asks for that.
+    fn load_state(&self) -> Result<(), Errno> {
+        while let Some(gfn) = self.vm.arch().state_page(self.index) {
+            self.interrupted()?;
+            let found = {
+                let _srcu = self.vm.srcu.enter();
+                self.vm.state_page(gfn)
+            };
+            match found {
+                Err(Errno::EAGAIN) => std::thread::yield_now(),
+                found => self.vm.arch().state_page_found(self.index, found),
+            }
+        }
+        Ok(())
     }
 
     /// The part of a memory operation that lies in one page.
@@ -246,6 +283,7 @@ impl SoftVcpu {
             Err(fault) => return Ok(Some(Stop::Fault(fault))),
             Ok(Piece::Done) if output.is_some() => self.absorb(&output.unwrap_or_default()),
             Ok(Piece::Done) => self.absorb(&input),
+            Ok(Piece::RingFull) => return Ok(Some(Stop::RingFull)),
             Ok(Piece::Exception) => self.finish(OpResult::Exception),
             Ok(Piece::Mmio) if fetch => return Ok(Some(self.emulation_failure())),
             Ok(Piece::Mmio) => return Ok(Some(self.emulated(at.get(), size.min(MMIO_BYTES), output.as_deref()))),
@@ -268,6 +306,8 @@ impl SoftVcpu {
                 Walk::Fault(missing) => {
                     let Some((gfn, _, data)) = pieces.get(index) else { return Err(Errno::EIO) };
                     match self.fault(*gfn, data.kind(), private, missing)? {
+                        // It goes into the guest again, to repeat the access, if there is room for another page.
+                        Ok(()) if self.ring_full() => return Ok(Ok(Piece::RingFull)),
                         Ok(()) => {}
                         Err(Fault::Exit(fault)) => return Ok(Err(fault)),
                         Err(Fault::BadAddress) => return Err(Errno::EFAULT),
@@ -283,7 +323,7 @@ impl SoftVcpu {
     fn fault(&self, gfn: Gfn, kind: AccessKind, private: bool, missing: Missing) -> Result<Result<(), Fault>, Errno> {
         let fault = {
             let _srcu = self.vm.srcu.enter();
-            self.vm.fault(gfn, kind, private, missing)
+            self.vm.fault(gfn, kind, private, missing, self.ring.as_deref())
         };
         match fault {
             Fault::Mapped => Ok(Ok(())),
@@ -318,9 +358,10 @@ impl SoftVcpu {
         match self.touch(&mut pieces, private)? {
             Err(fault) => return Ok(Some(Stop::Fault(fault))),
             Ok(Piece::Exception) => self.finish(OpResult::Exception),
+            Ok(Piece::RingFull) => return Ok(Some(Stop::RingFull)),
             Ok(Piece::Done) => self.absorb_last(&output.unwrap_or(input)),
             Ok(Piece::Mmio) => {
-                self.emulation = Some(self.vm.emulate(gpa, output.as_deref(), size));
+                self.emulation = Some(self.vm.emulate(gpa, output.as_deref(), size, self.ring.as_deref()));
                 return Ok(self.emulation_step());
             }
         }
@@ -386,14 +427,18 @@ impl SoftVcpu {
 
     fn instruction_step(&mut self, nr: u64, args: [u64; 4]) -> Result<Option<Stop>, Errno> {
         let Some(running) = &mut self.running else { return Ok(None) };
-        let exit_hypercall = self.vm.exit_hypercall.load(Ordering::Acquire);
-        let instruction = running.instruction(self.index, nr, args, exit_hypercall);
+        let map_gpa_exits = self.vm.exit_hypercall.load(Ordering::Acquire) & MAP_GPA_RANGE_BIT != 0;
+        let instruction = running.instruction(self.index, nr, args, map_gpa_exits);
         running.round = running.round.saturating_add(1);
         running.answer = None;
         let step = self.vm.arch().instruction(&View(&self.vm.mmu()), &instruction);
         match step {
             Step::Done(value) => self.finish(OpResult::Instruction(value)),
             Step::Exception => self.finish(OpResult::Exception),
+            Step::Exit(reason) => {
+                self.finish(OpResult::Done);
+                return Ok(Some(Stop::Other(reason)));
+            }
             Step::Hypercall { nr, args } => return Ok(Some(self.hypercall_exit(nr, args))),
             Step::KillVm => {
                 self.vm.kill();
@@ -420,7 +465,8 @@ impl SoftVcpu {
         loop {
             self.interrupted()?;
             self.vm.check_alive()?;
-            match self.vm.fault(gfn, AccessKind::Read, self.vm.is_private(gfn), Missing::Plain) {
+            let private = self.vm.is_private(gfn);
+            match self.vm.fault(gfn, AccessKind::Read, private, Missing::Plain, self.ring.as_deref()) {
                 Fault::Mapped => return Ok(()),
                 Fault::Retry => std::thread::yield_now(),
                 Fault::SlotInvalid => return Err(Errno::EAGAIN),
@@ -465,7 +511,17 @@ impl Vcpu for SoftVcpu {
             Stop::MmioWrite(gpa, len) => {
                 Exit::Mmio(Mmio::Write { gpa, data: self.mmio.get(..len).unwrap_or_default() })
             }
+            Stop::RingFull => Exit::DirtyRingFull,
             Stop::EmulationFailure => Exit::InternalError { suberror: Some(EMULATION) },
+            Stop::FailEntry(reason) => Exit::FailEntry { reason, cpu: 0 },
+            Stop::Other(reason) => Exit::Other(Some(reason)),
         })
+    }
+
+    fn dirty_ring(&self, bytes: u32) -> Result<Box<dyn DirtyRingMemory>, Errno> {
+        match &self.ring {
+            Some(ring) if bytes == self.vm.rings.bytes() => Ok(Box::new(ring.memory())),
+            _ => Err(Errno::EINVAL),
+        }
     }
 }

@@ -15,6 +15,7 @@ use nix::errno::Errno;
 use super::arch::Arch;
 use super::attributes::{Attributes, Flavour, Invalidation};
 use super::counters::{Call, Counters, LiveCounters};
+use super::dirty_ring::Rings;
 use super::file::GmemFile;
 use super::memslots::Memslots;
 use super::mmu::Mmu;
@@ -64,6 +65,8 @@ pub(super) struct Vm {
     pub(super) exit_hypercall: AtomicU64,
     /// `KVM_CAP_EXIT_ON_EMULATION_FAILURE`.
     pub(super) exit_on_emulation_failure: AtomicBool,
+    /// Dirty rings, if they are enabled.
+    pub(super) rings: Rings,
     /// `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`.
     pub(super) manual_protect: AtomicU64,
     /// `KVM_X86_QUIRK_SLOT_ZAP_ALL`; on unless disabled.
@@ -94,6 +97,7 @@ impl Vm {
             physical_bits: AtomicU32::new(52),
             exit_hypercall: AtomicU64::new(0),
             exit_on_emulation_failure: AtomicBool::new(false),
+            rings: Rings::default(),
             manual_protect: AtomicU64::new(0),
             slot_zap_all_disabled: AtomicBool::new(false),
         }
@@ -123,6 +127,10 @@ impl Vm {
 
     pub(super) fn next_vcpu(&self) -> u32 {
         self.vcpus.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub(super) fn vcpu_count(&self) -> u32 {
+        self.vcpus.load(Ordering::Relaxed)
     }
 
     pub(super) fn observe(&self, observer: Option<Observer>) {

@@ -2,18 +2,18 @@
 //!
 //! Implemented on the generic crate's own types, so that a launcher keeps the VM and the vCPUs that it has. Needs a TDX
 //! machine: where there is none, creating a VM of this type is refused, and no line of this file has run on one.
-#![allow(unsafe_code, reason = "KVM_MEMORY_ENCRYPT_OP takes addresses; kvm_run's union is read here")]
+#![allow(unsafe_code, reason = "KVM_MEMORY_ENCRYPT_OP takes addresses")]
 
 use std::os::fd::AsRawFd;
 
 use cvm_memory::hypervisor::kvm::{KvmVcpu, KvmVm};
-use kvm_bindings::{KVMIO, kvm_cpuid_entry2, kvm_run};
+use kvm_bindings::{KVMIO, kvm_cpuid_entry2};
 use nix::errno::Errno;
 use nix::libc::c_ulong;
 
 use crate::mechanism::{Capabilities, Failure, InitVm, TdVcpu, TdVm};
 use crate::uapi::{
-    self, Command, CommandId, Cpuid, InitMemRegion, MAX_CPUID_ENTRIES, MEASURE_MEMORY_REGION, ROOM_FOR_CPUID, TdxExit,
+    self, Command, CommandId, Cpuid, InitMemRegion, MAX_CPUID_ENTRIES, MEASURE_MEMORY_REGION, ROOM_FOR_CPUID,
 };
 
 nix::ioctl_readwrite! {
@@ -123,50 +123,26 @@ impl TdVcpu for KvmVcpu {
     }
 }
 
-/// What a TD asks of userspace in a `KVM_EXIT_TDX`. Addresses in bytes, without the shared bit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum TdVmCall {
-    /// Which optional TDVMCALLs there are.
-    GetTdVmCallInfo {
-        /// The leaf; 1.
-        leaf: u64,
-    },
-    /// A quote for the report in shared memory.
-    GetQuote {
-        /// Where.
-        gpa: u64,
-        /// Its size in bytes.
-        size: u64,
-    },
-    /// The vector by which the guest wants to hear of events.
-    SetupEventNotifyInterrupt {
-        /// Which.
-        vector: u64,
-    },
-    /// Any other, by number.
-    Other(u64),
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-impl From<&TdxExit> for TdVmCall {
-    fn from(exit: &TdxExit) -> Self {
-        let [first, second, ..] = exit.data;
-        match exit.nr {
-            uapi::GET_TD_VM_CALL_INFO => Self::GetTdVmCallInfo { leaf: first },
-            uapi::GET_QUOTE => Self::GetQuote { gpa: first, size: second },
-            uapi::SETUP_EVENT_NOTIFY_INTERRUPT => Self::SetupEventNotifyInterrupt { vector: first },
-            other => Self::Other(other),
-        }
+    /// As KVM itself says it.
+    #[test]
+    fn a_table_has_room_for_so_many() {
+        let entry = |function| kvm_cpuid_entry2 { function, ..Default::default() };
+        let table = cpuid_table::<2>(&[entry(7), entry(9)]).unwrap();
+        assert_eq!(table.used(), [entry(7), entry(9)]);
+        assert_eq!(cpuid_table::<2>(&[entry(7)]).unwrap().used(), [entry(7)]);
+        assert_eq!(cpuid_table::<2>(&[entry(7); 3]).unwrap_err(), Failure::errno(Errno::E2BIG));
+        // A kernel that says to have filled in more than there is room for.
+        let lie = Cpuid { nent: 9, ..empty_table::<2>() };
+        assert_eq!(lie.used().len(), 2);
     }
-}
 
-/// The TDX part of `kvm_run` after an exit with [`uapi::EXIT_TDX`], `None` after any other. What is written to `ret` and
-/// `data` reaches the guest with the next run.
-pub fn tdx_exit(run: &mut kvm_run) -> Option<&mut TdxExit> {
-    if run.exit_reason != uapi::EXIT_TDX {
-        return None;
+    #[test]
+    fn registers_keep_their_bytes() {
+        let bytes: [u8; 48] = std::array::from_fn(|at| u8::try_from(at).unwrap_or_default());
+        assert_eq!(words(&bytes).map(u64::to_ne_bytes).as_flattened(), bytes);
     }
-    let union = &raw mut run.__bindgen_anon_1;
-    // SAFETY: the union is 256 bytes of plain integers, all of them initialised since the page is KVM's, and lies at offset
-    // 32 of a page: aligned and long enough for eight words. The borrow of `run` keeps everybody else out meanwhile.
-    Some(unsafe { &mut *union.cast::<TdxExit>() })
 }

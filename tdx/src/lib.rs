@@ -13,8 +13,24 @@
 //! | [`launch`] | building a TD, step by step |
 //! | [`mapgpa`] | the guest's request to share memory or take it back, piece by piece |
 //! | [`model`] | a TD on the software KVM: secure EPT, accepted pages, commands |
+//! | [`exit`] | what only a TD's vCPUs come back with |
 //!
-//! Nothing here has run on TDX hardware.
+//! A launcher builds a TD with [`launch::Start`], gives each vCPU thread a [`VcpuExits`](cvm_memory::exits::VcpuExits) as for
+//! any other VM, and hands the rest of the exits to [`exit`]. What is particular to a TD's memory:
+//!
+//! - A page that stops being private, by conversion, hole, slot or file, is lost, and comes back unaccepted. A guest that
+//!   touches such a page is dead ([`exit::RunError::Dead`]). So a launcher removes no slot and frees no private memory under a
+//!   running TD, but by the conversions that its guest asks for.
+//! - Slots are created after `KVM_TDX_INIT_VM`, which is when KVM learns where addresses end.
+//! - Pages that were added while it was built are the guest's; all others it has to accept. Prefaulting gives them ahead, so
+//!   that accepting needs no exit.
+//!
+//! Nothing here has run on TDX hardware: [`model`] is made from the kernel's sources, [`kvm`] was compiled. On a TDX machine:
+//!
+//! ```text
+//! CVM_REQUIRE_KVM=1 cargo test -p cvm-memory-tdx --test hardware
+//! cargo run --release --example launch -- --platform tdx --backend kvm --firmware OVMF.fd
+//! ```
 #![cfg_attr(
     not(test),
     warn(
@@ -26,6 +42,7 @@
     )
 )]
 
+pub mod exit;
 pub mod hob;
 pub mod import;
 pub mod kvm;

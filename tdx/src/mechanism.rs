@@ -6,7 +6,7 @@
 
 use std::fmt;
 
-use cvm_memory::hypervisor::{Hypervisor, Platform, Vcpu, VmType};
+use cvm_memory::hypervisor::{Hazards, Hypervisor, Platform, Vcpu, VmType};
 use kvm_bindings::kvm_cpuid_entry2;
 use nix::errno::Errno;
 
@@ -21,6 +21,12 @@ pub const PLATFORM: Platform = Platform {
     accesses_carry_privacy: true,
     // A guest that is told RETRY asks again from where the answer says.
     guest_retries: true,
+    hazards: Hazards {
+        slot_delete_loses_private: true,
+        vcpu_state_in_private_memory: false,
+        pages_keep_their_frame: false,
+        holes_stick: true,
+    },
 };
 
 /// A command that failed.
@@ -80,6 +86,7 @@ pub struct InitVm {
 
 impl InitVm {
     const ADDRESS_SIZES: u32 = 0x8000_0008;
+    const X87_AND_SSE: u64 = 0b11;
 
     /// One with that address width as its only CPUID entry, with KVM's one attribute, and nothing else.
     ///
@@ -97,6 +104,28 @@ impl InitVm {
             mrownerconfig: [0; 48],
             cpuid: vec![kvm_cpuid_entry2 { function: Self::ADDRESS_SIZES, eax, ..Default::default() }],
         }
+    }
+
+    /// One with as much of what `supported` says (`KVM_GET_SUPPORTED_CPUID`) as this machine lets a TD be configured with.
+    /// Extended features are left to the caller, all but the two that every TD has.
+    pub fn configured(width: Width, offered: &Capabilities, supported: &[kvm_cpuid_entry2]) -> Self {
+        let mut init = Self::new(width);
+        init.attributes &= offered.attributes;
+        init.xfam = Self::X87_AND_SSE & offered.xfam;
+        for mask in offered.cpuid.iter().filter(|mask| mask.function != Self::ADDRESS_SIZES) {
+            let same = |entry: &&kvm_cpuid_entry2| entry.function == mask.function && entry.index == mask.index;
+            if let Some(entry) = supported.iter().find(same) {
+                init.cpuid.push(kvm_cpuid_entry2 {
+                    flags: mask.flags,
+                    eax: entry.eax & mask.eax,
+                    ebx: entry.ebx & mask.ebx,
+                    ecx: entry.ecx & mask.ecx,
+                    edx: entry.edx & mask.edx,
+                    ..*entry
+                });
+            }
+        }
+        init
     }
 
     /// The address width, from CPUID; `None` if there is no such entry, or KVM would refuse its width.

@@ -5,11 +5,12 @@ mod td_kit;
 use cvm_memory::backing::{SharedBacking, SharedMemory};
 use cvm_memory::gmem::GuestMemfd;
 use cvm_memory::hypervisor::{Hypervisor, PreFaultMemory, Vcpu};
-use cvm_memory_tdx::mechanism::{Failure, InitVm, TdVcpu, TdVm};
+use cvm_memory_tdx::mechanism::{Capabilities, Failure, InitVm, TdVcpu, TdVm};
 use cvm_memory_tdx::model::sept::SeptState;
 use cvm_memory_tdx::model::{Machine, SoftTd, SoftTdVcpu};
 use cvm_memory_tdx::uapi::InitMemRegion;
 use cvm_memory_tdx::width::Width;
+use kvm_bindings::kvm_cpuid_entry2;
 use nix::errno::Errno;
 use td_kit::*;
 
@@ -47,6 +48,28 @@ fn initialising_a_td() {
     assert_eq!(errno(td.init_vm(&init())), Err(Errno::EINVAL));
     td.create_vcpu().unwrap();
     assert_eq!(errno(td.init_vm(&init())), Err(Errno::EBUSY));
+}
+
+/// What is configured is what both sides have, function by function; the width is the caller's.
+#[test]
+fn what_can_be_configured() {
+    let entry = |function, index, eax, edx| kvm_cpuid_entry2 { function, index, eax, edx, ..Default::default() };
+    let masks = vec![
+        entry(1, 0, 0xff00, 0xf),
+        entry(7, 1, u32::MAX, 1),
+        entry(0x8000_0008, 0, 0xff_0000, 0),
+        entry(9, 0, 1, 1),
+    ];
+    let offered = Capabilities { attributes: 1 << 28, xfam: 0x602e7, cpuid: masks };
+    let supported =
+        [entry(1, 0, 0x1234_5678, 0xa5), entry(7, 0, 3, 3), entry(7, 1, 5, 6), entry(0x8000_0008, 0, 57, 0)];
+    let configured = InitVm::configured(Width::Bits52, &offered, &supported);
+    let expected = InitVm {
+        xfam: 3,
+        cpuid: vec![entry(0x8000_0008, 0, 52 << 16, 0), entry(1, 0, 0x5600, 5), entry(7, 1, 5, 0)],
+        ..InitVm::new(Width::Bits52)
+    };
+    assert_eq!(configured, expected);
 }
 
 #[test]

@@ -9,6 +9,7 @@ use cvm_memory::convert::{Request, State};
 use cvm_memory::hypervisor::{PreFaultMemory, Vcpu};
 use cvm_memory::prefault::PrefaultOptions;
 use cvm_memory::soft::{GmemPage, GuestOp, OpResult};
+use cvm_memory_tdx::exit::RunError;
 use cvm_memory_tdx::mechanism::InitVm;
 use cvm_memory_tdx::model::sept::{Command, Refusal, Sept, SeptState};
 use cvm_memory_tdx::model::{Death, accept as accepted};
@@ -47,6 +48,7 @@ fn a_pending_touch_is_the_end_of_the_vm() {
     // The first bytes lie in a page that is the guest's, the rest does not.
     assert_eq!(td.run(fill(PAGE - 8, 16, 1, true)), Err(Errno::EIO));
     assert_eq!(td.td.arch().death(), Some(Death::PendingTouch { gfn: gfn(1) }));
+    assert_eq!(RunError::from_errno(Errno::EIO), Some(RunError::Dead));
     // It stays dead, for every vCPU and every ioctl.
     assert_eq!(td.run(check(0, 1, 0, true)), Err(Errno::EIO));
     assert_eq!(td.vcpu.pre_fault_memory(&mut PreFaultMemory { gpa: 0, size: PAGE, flags: 0 }), Err(Errno::EIO));

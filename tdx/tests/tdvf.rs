@@ -43,6 +43,7 @@ fn sections_become_imports_in_their_order() {
             import(gfns(0xfff00, 0xfff01), false, &image[0x1000..0x2000]),
         ]
     );
+    assert_eq!(tdvf.imports(&[1; 0x1000]).unwrap()[2].contents, [1; 0x1000]);
     let too_large = TdvfError::HobTooLarge { bytes: 0x1001, gfns: Some(gfns(8, 9)) };
     assert_eq!(tdvf.imports(&[1; 0x1001]), Err(too_large));
     let image = made(&descriptor(&[RawSection::code()]));
@@ -104,7 +105,8 @@ fn sections_are_checked_together() {
     assert_eq!(refused(&[code, memory(3, 4, 2), later]), overlap);
     let half = 1 << 19;
     assert_eq!(refused(&[code, memory(3, 1 << 24, half), memory(3, 1 << 25, half)]), TdvfError::TooMuch { index: 2 });
-    Tdvf::parse(&made(&descriptor(&[code, memory(3, 1 << 24, half)]))).unwrap();
+    // As much as there can be, and no page more.
+    Tdvf::parse(&made(&descriptor(&[code, memory(3, 1 << 24, half), memory(3, 1 << 25, half - 1)]))).unwrap();
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Structures as bytes, where a type alone cannot show that they are right.
 
-use cvm_memory_tdx::kvm::{TdVmCall, tdx_exit};
+use cvm_memory_tdx::exit::{TdVmCall, tdx_exit};
 use cvm_memory_tdx::uapi::{EXIT_TDX, TdxExit};
 use kvm_bindings::kvm_run;
 

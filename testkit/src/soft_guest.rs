@@ -3,7 +3,7 @@
 //! Where accesses carry their privacy, [`Guest::set_private`] says how the guest accesses memory from then on; a new one
 //! accesses everything as private.
 
-use cvm_memory::hypervisor::{Exit, PreFaultMemory, Vcpu};
+use cvm_memory::hypervisor::{DirtyRingMemory, Exit, PreFaultMemory, Vcpu};
 use cvm_memory::soft::{GuestOp as SoftOp, OpResult, SoftVcpu, SoftVm};
 use nix::errno::Errno;
 
@@ -52,6 +52,10 @@ impl Vcpu for SoftGuest {
 
     fn run(&mut self) -> Result<Exit<'_>, Errno> {
         self.vcpu.run()
+    }
+
+    fn dirty_ring(&self, bytes: u32) -> Result<Box<dyn DirtyRingMemory>, Errno> {
+        self.vcpu.dirty_ring(bytes)
     }
 }
 

@@ -132,6 +132,8 @@ pub(super) fn action(action: &Action) -> String {
         Action::Resume(Handled::Converted { pages }) => format!("converted {pages}"),
         Action::Resume(Handled::Materialised { pages }) => format!("materialised {pages}"),
         Action::Resume(Handled::Unchanged) => "unchanged".into(),
+        Action::Resume(Handled::Completed) => "completed".into(),
+        Action::Resume(Handled::Retried) => "retried".into(),
         Action::Resume(Handled::Postponed) => "postponed".into(),
         Action::Resume(Handled::Refused) => "refused".into(),
         Action::NotOurs => "not ours".into(),

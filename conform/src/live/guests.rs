@@ -1,9 +1,12 @@
 //! What a guest does for an operation, and what is seen of it.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use cvm_memory::hypervisor::{Exit, HypercallExit, Mmio};
 use cvm_memory_testkit::{Guest, GuestOp, Outcome};
 use nix::errno::Errno;
 
+use super::is_emulated;
 use crate::observation::{End, Observation, Seen};
 use crate::scenario::{MMIO_BYTE, Operation};
 
@@ -11,13 +14,16 @@ use crate::scenario::{MMIO_BYTE, Operation};
 const MANY: usize = 64;
 const PAGE: u64 = 4096;
 
+/// How often an emulated processor raised an exception for no reason.
+pub static SPURIOUS: AtomicU64 = AtomicU64::new(0);
+
 /// Carries out an operation of a guest.
 pub(super) fn play(guest: &mut dyn Guest, operation: &Operation) -> Observation {
     let mut seen = Vec::new();
     let end = match *operation {
         Operation::Load { gpa, len, private, .. } => {
             guest.set_private(private);
-            run(guest, GuestOp::Read { gpa, len: len.into() }, &mut seen, 0)
+            run(guest, &GuestOp::Read { gpa, len: len.into() }, &mut seen, 0)
         }
         Operation::Store { gpa, len, value, private, .. } => {
             guest.set_private(private);
@@ -33,7 +39,7 @@ pub(super) fn play(guest: &mut dyn Guest, operation: &Operation) -> Observation 
         }
         Operation::MapGpaRange { gpa, pages, attributes, answer, .. } => {
             let hypercall = GuestOp::Hypercall { nr: HypercallExit::MAP_GPA_RANGE, args: [gpa, pages, attributes, 0] };
-            run(guest, hypercall, &mut seen, answer)
+            run(guest, &hypercall, &mut seen, answer)
         }
         _ => End::NoCode,
     };
@@ -41,7 +47,7 @@ pub(super) fn play(guest: &mut dyn Guest, operation: &Operation) -> Observation 
 }
 
 fn store(guest: &mut dyn Guest, gpa: u64, data: &[u8], seen: &mut Vec<Seen>) -> End {
-    run(guest, GuestOp::Write { gpa, data: data.to_vec() }, seen, 0)
+    run(guest, &GuestOp::Write { gpa, data: data.to_vec() }, seen, 0)
 }
 
 /// Calls the code at `gpa` if there is some, or nothing at all; anything else would be executed too.
@@ -50,7 +56,7 @@ fn fetch(guest: &mut dyn Guest, gpa: u64, seen: &mut Vec<Seen>) -> End {
     let read = GuestOp::Read { gpa, len: code.len() };
     let nothing_there = |seen: &[Seen]| !seen.is_empty();
     for attempt in [true, false] {
-        match run(guest, read.clone(), seen, 0) {
+        match run(guest, &read, seen, 0) {
             End::Data(bytes) if nothing_there(seen) || bytes == code => break,
             End::Data(_) if attempt => {}
             End::Data(_) => return End::NoCode,
@@ -64,20 +70,32 @@ fn fetch(guest: &mut dyn Guest, gpa: u64, seen: &mut Vec<Seen>) -> End {
             return End::NoCode; // a read-only slot
         }
     }
-    run(guest, GuestOp::Fetch { gpa }, seen, 0)
+    run(guest, &GuestOp::Fetch { gpa }, seen, 0)
 }
 
 /// All of a page, if it is memory.
 fn dump(guest: &mut dyn Guest, gpa: u64) -> End {
     let mut seen = Vec::new();
-    match run(guest, GuestOp::Read { gpa, len: 8 }, &mut seen, 0) {
-        End::Data(_) if seen.is_empty() => run(guest, GuestOp::Read { gpa, len: 4096 }, &mut seen, 0),
+    match run(guest, &GuestOp::Read { gpa, len: 8 }, &mut seen, 0) {
+        End::Data(_) if seen.is_empty() => run(guest, &GuestOp::Read { gpa, len: 4096 }, &mut seen, 0),
         end => end,
     }
 }
 
-/// Runs `op` to its end. MMIO and hypercalls are answered; everything else ends it.
-fn run(guest: &mut dyn Guest, op: GuestOp, seen: &mut Vec<Seen>, answer: u64) -> End {
+/// Runs `op` to its end. An exception that a guest has no reason for is the processor's mistake, where it is emulated.
+fn run(guest: &mut dyn Guest, op: &GuestOp, seen: &mut Vec<Seen>, answer: u64) -> End {
+    for _ in 0..3 {
+        let before = seen.len();
+        match run_once(guest, op.clone(), seen, answer) {
+            End::Shutdown if is_emulated() && seen.len() == before => SPURIOUS.fetch_add(1, Ordering::Relaxed),
+            end => return end,
+        };
+    }
+    End::Shutdown
+}
+
+/// MMIO and hypercalls are answered; everything else ends it.
+fn run_once(guest: &mut dyn Guest, op: GuestOp, seen: &mut Vec<Seen>, answer: u64) -> End {
     guest.start(op);
     for _ in 0..MANY {
         match guest.run() {

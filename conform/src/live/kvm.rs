@@ -9,7 +9,7 @@ use cvm_memory_testkit::{Guest, KvmGuest, skip};
 use kvm_ioctls::Kvm;
 
 use super::Live;
-use crate::differences::Differences;
+use crate::differences::{Differences, Known};
 use crate::machine::Shape;
 use crate::scenario::Kind;
 
@@ -56,7 +56,11 @@ impl Offer {
         // Ample for one instruction, and short for one that a KVM never gets past.
         guest.set_patience(Duration::from_secs(2));
         let known = Differences::probe(&vm, &mut guest);
-        let shape = Shape { kind, vcpus: 1, physical_bits: guest.physical_bits() };
+        // `kvm_mmu_max_gfn()`: without two-dimensional paging the processor sets no limit to slots; the guest's, of 47 bits for
+        // the kind of addresses it uses, is below either.
+        let two_dimensional = !known.found().contains(&Known::NoPrefault) || guest.physical_bits() < 47;
+        let physical_bits = if two_dimensional { guest.physical_bits() } else { 52 };
+        let shape = Shape { kind, vcpus: 1, physical_bits };
         Some(Self { kvm: skip::dev_kvm()?, shape, known })
     }
 }

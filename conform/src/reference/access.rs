@@ -62,7 +62,7 @@ impl Reference {
 
     /// What an access meets: what is known, or else a fault.
     fn meet(&mut self, gfn: u64, private: bool, write: bool) -> Page {
-        if self.is_known_mmio(gfn, private) { Page::Emulate } else { self.fault(gfn, private, write) }
+        if self.emulates || self.is_known_mmio(gfn, private) { Page::Emulate } else { self.fault(gfn, private, write) }
     }
 
     /// A stage-2 fault; the rows are those of 5.2.
@@ -221,6 +221,7 @@ impl Reference {
             let private = self.access_is_private(gfn, tag);
             end = match self.meet(gfn, private, false) {
                 Page::Ram(_) => End::Done,
+                Page::Emulate if self.emulates && self.emulated(gfn, false).is_some() => End::Done,
                 // 5.6: it cannot be emulated, either.
                 Page::Emulate => End::InternalError,
                 Page::MemoryFault | Page::Failed(_) => unreachable!("it could be read"),

@@ -106,6 +106,14 @@ impl Host {
         self.update(pfn, &update).map_err(MakePrivateError::Rmpupdate)
     }
 
+    /// `snp_rmptable_psmash()`: the entry of 2 MiB that covers the page is split.
+    pub fn smash(&mut self, pfn: Pfn) {
+        self.counters.psmash = self.counters.psmash.saturating_add(1);
+        if self.rmp.smash(pfn.head()).is_err() {
+            self.counters.failed = self.counters.failed.saturating_add(1);
+        }
+    }
+
     /// `sev_gmem_invalidate()`: `pages` pages leave the file and become the host's. An entry of 2 MiB of which some stays is
     /// smashed first.
     pub fn reclaim(&mut self, start: Pfn, pages: u64) {
@@ -119,10 +127,7 @@ impl Host {
             } else {
                 let unit = if whole { Size::Large } else { Size::Small };
                 if size == Size::Large && !whole {
-                    self.counters.psmash = self.counters.psmash.saturating_add(1);
-                    if self.rmp.smash(pfn.head()).is_err() {
-                        self.counters.failed = self.counters.failed.saturating_add(1);
-                    }
+                    self.smash(pfn);
                 }
                 // A failure is only reported by Linux: the page is leaked.
                 if self.update(pfn, &RmpUpdate::unassign(unit)).is_ok() {

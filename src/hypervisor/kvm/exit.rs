@@ -27,6 +27,7 @@ impl<'a> Exit<'a> {
             VcpuExit::Shutdown => Self::Shutdown,
             VcpuExit::FailEntry(reason, cpu) => Self::FailEntry { reason, cpu },
             VcpuExit::InternalError => Self::InternalError { suberror: None },
+            VcpuExit::Unsupported(exit_reason::DIRTY_RING_FULL) => Self::DirtyRingFull,
             other => Self::Other(number(&other)),
         }
     }
@@ -89,6 +90,7 @@ pub(super) fn decode(run: &mut kvm_run) -> Exit<'_> {
             }
         }
         exit_reason::HLT => Exit::Halt,
+        exit_reason::DIRTY_RING_FULL => Exit::DirtyRingFull,
         exit_reason::SHUTDOWN => Exit::Shutdown,
         exit_reason::FAIL_ENTRY => {
             // SAFETY: integers only, as above.

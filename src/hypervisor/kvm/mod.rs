@@ -38,6 +38,7 @@
 mod exit;
 mod gmem;
 mod raw;
+mod ring;
 mod vcpu;
 mod vm;
 

@@ -121,6 +121,7 @@ const _: () = {
     assert!(exit_reason::SHUTDOWN == kvm_bindings::KVM_EXIT_SHUTDOWN);
     assert!(exit_reason::FAIL_ENTRY == kvm_bindings::KVM_EXIT_FAIL_ENTRY);
     assert!(exit_reason::INTERNAL_ERROR == kvm_bindings::KVM_EXIT_INTERNAL_ERROR);
+    assert!(exit_reason::DIRTY_RING_FULL == kvm_bindings::KVM_EXIT_DIRTY_RING_FULL);
     assert!(exit_reason::MEMORY_FAULT == kvm_bindings::KVM_EXIT_MEMORY_FAULT);
     assert!(MEMORY_ATTRIBUTE_PRIVATE == kvm_bindings::KVM_MEMORY_ATTRIBUTE_PRIVATE as u64);
     assert!(MemoryFault::PRIVATE == kvm_bindings::KVM_MEMORY_EXIT_FLAG_PRIVATE as u64);

@@ -1,15 +1,16 @@
 //! A vCPU fd as a [`Vcpu`].
-#![allow(unsafe_code, reason = "KVM_PRE_FAULT_MEMORY is called through the table of raw ioctls")]
+#![allow(unsafe_code, reason = "KVM_PRE_FAULT_MEMORY is called through the table of raw ioctls; a descriptor is lent")]
 
 use std::fmt;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 use kvm_bindings::{KVM_EXIT_UNKNOWN, kvm_pre_fault_memory};
 use kvm_ioctls::VcpuFd;
 use nix::errno::Errno;
 
+use super::ring::MappedRing;
 use super::{errno, exit, raw};
-use crate::hypervisor::{Exit, PreFaultMemory, Vcpu};
+use crate::hypervisor::{DirtyRingMemory, Exit, PreFaultMemory, Vcpu};
 
 /// A vCPU of the real KVM.
 pub struct KvmVcpu {
@@ -87,6 +88,12 @@ impl Vcpu for KvmVcpu {
     fn run(&mut self) -> Result<Exit<'_>, Errno> {
         self.enter()?;
         Ok(self.last_exit())
+    }
+
+    fn dirty_ring(&self, bytes: u32) -> Result<Box<dyn DirtyRingMemory>, Errno> {
+        // SAFETY: the descriptor is open for as long as `self.fd` is borrowed.
+        let fd = unsafe { BorrowedFd::borrow_raw(self.fd.as_raw_fd()) };
+        Ok(Box::new(MappedRing::map(fd, bytes)?))
     }
 }
 

@@ -1,7 +1,8 @@
 //! Any file as a firmware image: refused, or sound enough to build a TD from.
 //!
 //! ```text
-//! cd tdx && cargo +nightly fuzz run tdvf fuzz/corpus/tdvf fuzz/seeds/tdvf -- -max_total_time=60
+//! cd tdx && mkdir -p fuzz/corpus/tdvf
+//! cargo +nightly fuzz run tdvf fuzz/corpus/tdvf fuzz/seeds/tdvf -- -max_total_time=60
 //! ```
 #![no_main]
 

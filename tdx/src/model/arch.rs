@@ -212,16 +212,13 @@ impl TdArch {
         let [address, size, ..] = instruction.args;
         let next = match (instruction.answer, &mut cpu.request) {
             (Some(ret), Some(request)) => request.answered(ret, cpu.interrupted),
-            _ => {
-                let exits = instruction.exit_hypercall & 1 << HypercallExit::MAP_GPA_RANGE != 0;
-                match MapGpa::start(width, address, size, exits) {
-                    Ok((request, next)) => {
-                        cpu.request = Some(request);
-                        next
-                    }
-                    Err(answer) => Next::Answer(answer),
+            _ => match MapGpa::start(width, address, size, instruction.map_gpa_exits) {
+                Ok((request, next)) => {
+                    cpu.request = Some(request);
+                    next
                 }
-            }
+                Err(answer) => Next::Answer(answer),
+            },
         };
         match next {
             Next::Ask(args) => Step::Hypercall { nr: HypercallExit::MAP_GPA_RANGE, args },

@@ -18,7 +18,7 @@ mod tables;
 use std::time::Duration;
 
 use cvm_memory::hypervisor::kvm::{KvmVcpu, KvmVm};
-use cvm_memory::hypervisor::{Cap, Exit, Hypervisor, PreFaultMemory, Vcpu};
+use cvm_memory::hypervisor::{Cap, DirtyRingMemory, Exit, Hypervisor, PreFaultMemory, Vcpu};
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::Kvm;
 use nix::errno::Errno;
@@ -241,6 +241,10 @@ impl<M: Mode + std::fmt::Debug + Send> Vcpu for Driver<M> {
             self.finish_step()?;
         }
         Ok(Exit::Halt)
+    }
+
+    fn dirty_ring(&self, bytes: u32) -> Result<Box<dyn DirtyRingMemory>, Errno> {
+        self.vcpu.dirty_ring(bytes)
     }
 }
 

@@ -64,7 +64,9 @@ fn the_rest_is_told_by_number() {
     let mut failed = run(9, &[(32, &u64::MAX.to_ne_bytes()), (40, &3_u32.to_ne_bytes())]);
     assert!(matches!(decode(&mut failed), Exit::FailEntry { reason: u64::MAX, cpu: 3 }));
     assert!(matches!(decode(&mut run(17, &[(32, &[1])])), Exit::InternalError { suberror: Some(1) }));
-    for reason in [0, 2, 24, 31, 40, 43] {
+    assert!(matches!(decode(&mut run(31, &[])), Exit::DirtyRingFull));
+    assert!(matches!(Exit::from_kvm(VcpuExit::Unsupported(31), Errno::EINTR), Exit::DirtyRingFull));
+    for reason in [0, 2, 24, 40, 43] {
         assert!(matches!(decode(&mut run(reason, &[])), Exit::Other(Some(number)) if number == reason));
     }
 }

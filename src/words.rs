@@ -1,10 +1,10 @@
 //! An array of atomic words, all zero, that costs memory only where it was written.
 //!
-//! The one unsafe file of the page set. It knows nothing of pages: a private anonymous mapping without reservation
+//! It knows nothing of pages: a private anonymous mapping without reservation
 //! (`mmap(2)`, `MAP_NORESERVE`), seen as a slice. Loom and Miri get the same array on the heap, where their doubles of
 //! the atomics can live.
 
-pub(super) use backing::Words;
+pub(crate) use backing::Words;
 
 #[cfg(not(any(loom, miri)))]
 mod backing {
@@ -20,13 +20,13 @@ mod backing {
     use crate::sync::AtomicU64;
 
     /// `len` zeroed words, mapped on first write.
-    pub(in super::super) struct Words {
+    pub(crate) struct Words {
         base: NonNull<AtomicU64>,
         len: usize,
     }
 
     impl Words {
-        pub(in super::super) fn zeroed(len: u64) -> Result<Self, Error> {
+        pub(crate) fn zeroed(len: u64) -> Result<Self, Error> {
             let len = usize::try_from(len.max(1)).map_err(|_| Error::ENOMEM)?;
             let bytes = len.checked_mul(size_of::<AtomicU64>()).and_then(NonZeroUsize::new).ok_or(Error::ENOMEM)?;
             let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
@@ -73,10 +73,10 @@ mod backing {
     use crate::sync::AtomicU64;
 
     /// `len` zeroed words on the heap.
-    pub(in super::super) struct Words(Box<[AtomicU64]>);
+    pub(crate) struct Words(Box<[AtomicU64]>);
 
     impl Words {
-        pub(in super::super) fn zeroed(len: u64) -> Result<Self, Error> {
+        pub(crate) fn zeroed(len: u64) -> Result<Self, Error> {
             let len = usize::try_from(len.max(1)).map_err(|_| Error::ENOMEM)?;
             let mut words = Vec::new();
             words.try_reserve_exact(len).map_err(|_| Error::ENOMEM)?;

@@ -1,0 +1,307 @@
+//! Userspace's end of the dirty rings: from entries to runs of pages that may be copied.
+//!
+//! The order is what matters, and the types keep it. [`DirtyRings::harvest`] reads every ring from where it stopped up to the
+//! first entry that is not dirty; there is no way to start elsewhere. What it read can be had only through [`Harvest::reset`],
+//! which has KVM take the entries back first: until then a vCPU may go on writing to those pages unnoticed, so a copy made
+//! earlier would miss it. A harvest that is dropped, or whose reset fails, is in the next one; nothing is lost.
+//!
+//! An entry names its slot by id, and ids are used again. So each entry is given to the slot's *owner* at the moment when it is
+//! harvested, a number that is never used twice: see [`Owners`]. It does not know what an owner is.
+//!
+//! Mirrors the userspace part of "KVM_CAP_DIRTY_LOG_RING" (`Documentation/virt/kvm/api.rst`).
+
+use std::fmt;
+
+use nix::errno::Errno;
+
+use crate::hypervisor::{DirtyGfn, DirtyRingMemory, Hypervisor};
+use crate::layout::SlotId;
+
+/// Resets in a row that may come back with nothing before they are given up: a signal can cut one short.
+const PATIENCE: u32 = 64;
+
+/// Who a slot id stands for now.
+pub trait Owners {
+    /// The number of the slot's present owner, and how many pages it has; `None` for an id that stands for nothing.
+    fn owner(&self, slot: SlotId) -> Option<(u64, u64)>;
+}
+
+/// Pages of an owner that were written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OwnerRun {
+    /// Whose.
+    pub owner: u64,
+    /// First page, from the owner's first.
+    pub first: u64,
+    /// How many.
+    pub pages: u64,
+}
+
+/// What came out of the rings, and may be copied.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Harvested {
+    /// The pages, in the order of the entries.
+    pub runs: Vec<OwnerRun>,
+    /// A ring was full to the last entry. KVM keeps some free when it lets a vCPU into the guest, but what it does for the guest
+    /// in one go can take more than those, and then it writes over entries that nobody has read: pages may be missing.
+    pub overrun: bool,
+}
+
+/// An entry of a ring that names no page there is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("a dirty ring has an entry for page {page:#x} of slot {slot}, which has none such")]
+pub struct Stray {
+    /// The slot it names.
+    pub slot: SlotId,
+    /// The page of the slot.
+    pub page: u64,
+}
+
+/// Why harvested pages may not be copied yet. They are kept, for the next harvest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum ResetError {
+    /// The system call failed.
+    #[error("reset the dirty rings")]
+    Call(#[source] Errno),
+    /// KVM has taken back fewer entries than were harvested, and takes back no more.
+    #[error("kvm has taken back {reset} dirty ring entries of {harvested}")]
+    Short {
+        /// Entries that were harvested.
+        harvested: u64,
+        /// Entries that were taken back.
+        reset: u64,
+    },
+    /// KVM has taken back more entries than were harvested: somebody else harvests too, and has pages that we have not.
+    #[error("kvm has taken back {reset} dirty ring entries, but only {harvested} were harvested here")]
+    Foreign {
+        /// Entries that were harvested.
+        harvested: u64,
+        /// Entries that were taken back.
+        reset: u64,
+    },
+}
+
+/// What goes on in the rings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct RingStats {
+    /// Entries harvested so far.
+    pub entries: u64,
+    /// Resets so far, calls that were cut short included.
+    pub resets: u64,
+    /// Harvests that found a ring full to the last entry.
+    pub overruns: u64,
+    /// Entries that named no page there is.
+    pub strays: u64,
+    /// The most entries that a ring was found to hold at once.
+    pub fullest: u32,
+    /// Of how many.
+    pub size: u32,
+}
+
+/// The entries of a ring, as this end of it sees them.
+pub(super) trait Entry {
+    fn flags(&self) -> u32;
+    fn page(&self) -> (u32, u64);
+    fn set_harvested(&self);
+}
+
+impl Entry for DirtyGfn {
+    #[inline]
+    fn flags(&self) -> u32 {
+        Self::flags(self)
+    }
+
+    #[inline]
+    fn page(&self) -> (u32, u64) {
+        Self::page(self)
+    }
+
+    #[inline]
+    fn set_harvested(&self) {
+        Self::set_harvested(self);
+    }
+}
+
+/// Reads entries from `fetch` on, which runs on freely, up to the first that is not dirty, but none twice. Returns how many.
+#[inline]
+pub(super) fn harvest_entries<E: Entry>(entries: &[E], fetch: &mut u32, mut each: impl FnMut(u32, u64)) -> u32 {
+    // A power of two, so that the index may wrap around in the middle of a round.
+    let mask = entries.len().wrapping_sub(1);
+    let mut count = 0_u32;
+    // KVM does not fill an entry again before it was reset; a ring that it does not keep to must not hold us for ever.
+    for _ in 0..entries.len() {
+        let Some(entry) = usize::try_from(*fetch).ok().and_then(|at| entries.get(at & mask)) else { break };
+        if entry.flags() != DirtyGfn::DIRTY {
+            break;
+        }
+        let (slot, page) = entry.page();
+        entry.set_harvested();
+        each(slot, page);
+        *fetch = fetch.wrapping_add(1);
+        count = count.saturating_add(1);
+    }
+    count
+}
+
+struct Ring {
+    memory: Box<dyn DirtyRingMemory>,
+    fetch: u32,
+}
+
+/// The rings of all vCPUs of a VM. See the [module](self).
+#[derive(Default)]
+pub struct DirtyRings {
+    rings: Vec<Ring>,
+    /// Entries that were harvested and not taken back yet.
+    outstanding: u64,
+    /// Their pages.
+    pending: Harvested,
+    stray: Option<Stray>,
+    stats: RingStats,
+}
+
+impl DirtyRings {
+    /// No rings.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds the ring of a vCPU that has not run yet.
+    pub fn add(&mut self, memory: Box<dyn DirtyRingMemory>) {
+        self.stats.size = u32::try_from(memory.entries().len()).unwrap_or(u32::MAX);
+        self.rings.push(Ring { memory, fetch: 0 });
+    }
+
+    /// How many there are.
+    pub const fn len(&self) -> usize {
+        self.rings.len()
+    }
+
+    /// Whether there are none.
+    pub const fn is_empty(&self) -> bool {
+        self.rings.is_empty()
+    }
+
+    /// What went on so far.
+    pub const fn stats(&self) -> RingStats {
+        self.stats
+    }
+
+    /// An entry that named no page there is, if there was one since this was asked last.
+    pub const fn take_stray(&mut self) -> Option<Stray> {
+        self.stray.take()
+    }
+
+    /// Reads what is in all rings. Together with whatever was read before and not reset.
+    pub fn harvest(&mut self, owners: &impl Owners) -> Harvest<'_> {
+        let Self { rings, outstanding, pending, stray, stats } = self;
+        for ring in rings {
+            let mut known = Known { slot: None, owner: None };
+            let mut run: Option<OwnerRun> = None;
+            let count = harvest_entries(ring.memory.entries(), &mut ring.fetch, |slot, page| {
+                let Some((owner, _)) = known.owner(owners, slot).filter(|(_, pages)| page < *pages) else {
+                    stats.strays = stats.strays.saturating_add(1);
+                    stray.get_or_insert(Stray { slot: SlotId::from_raw(slot), page });
+                    return;
+                };
+                match &mut run {
+                    Some(run) if run.owner == owner && run.first.wrapping_add(run.pages) == page => {
+                        run.pages = run.pages.saturating_add(1);
+                    }
+                    run => pending.runs.extend(run.replace(OwnerRun { owner, first: page, pages: 1 })),
+                }
+            });
+            pending.runs.extend(run);
+            if usize::try_from(count).is_ok_and(|count| count == ring.memory.entries().len()) {
+                pending.overrun = true;
+                stats.overruns = stats.overruns.saturating_add(1);
+            }
+            *outstanding = outstanding.saturating_add(u64::from(count));
+            stats.entries = stats.entries.saturating_add(u64::from(count));
+            stats.fullest = stats.fullest.max(count);
+        }
+        Harvest { rings: self }
+    }
+
+    fn reset(&mut self, vm: &dyn Hypervisor) -> Result<Harvested, ResetError> {
+        let harvested = self.outstanding;
+        let mut in_vain = 0_u32;
+        while self.outstanding > 0 {
+            self.stats.resets = self.stats.resets.saturating_add(1);
+            let reset = vm.reset_dirty_rings().map_err(ResetError::Call)?;
+            let Some(left) = self.outstanding.checked_sub(reset) else {
+                let reset = harvested.saturating_sub(self.outstanding).saturating_add(reset);
+                self.outstanding = 0;
+                return Err(ResetError::Foreign { harvested, reset });
+            };
+            self.outstanding = left;
+            in_vain = if reset == 0 { in_vain.saturating_add(1) } else { 0 };
+            if in_vain >= PATIENCE {
+                return Err(ResetError::Short { harvested, reset: harvested.saturating_sub(left) });
+            }
+        }
+        Ok(std::mem::take(&mut self.pending))
+    }
+}
+
+impl fmt::Debug for DirtyRings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { rings, outstanding, stats, .. } = self;
+        f.debug_struct("DirtyRings")
+            .field("rings", &rings.len())
+            .field("outstanding", outstanding)
+            .field("stats", stats)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The owner that was asked for last: entries of a slot come in rows.
+struct Known {
+    slot: Option<u32>,
+    owner: Option<(u64, u64)>,
+}
+
+impl Known {
+    #[inline]
+    fn owner(&mut self, owners: &impl Owners, slot: u32) -> Option<(u64, u64)> {
+        if self.slot != Some(slot) {
+            *self = Self { slot: Some(slot), owner: owners.owner(SlotId::from_raw(slot)) };
+        }
+        self.owner
+    }
+}
+
+/// Pages that were read from the rings and may not be copied yet.
+///
+/// ```compile_fail
+/// # use cvm_memory::dirty::Harvest;
+/// # fn f(harvest: Harvest<'_>) {
+/// for run in harvest.pages() {} // There is no such thing: they come out of a reset.
+/// # }
+/// ```
+#[must_use = "the pages are to be had by `reset` only"]
+#[derive(Debug)]
+pub struct Harvest<'a> {
+    rings: &'a mut DirtyRings,
+}
+
+impl Harvest<'_> {
+    /// How many entries are to be taken back.
+    pub const fn entries(&self) -> u64 {
+        self.rings.outstanding
+    }
+
+    /// Has KVM take the entries back and protect their pages again. Then, whatever is written to them will be in a ring again,
+    /// and they may be copied.
+    ///
+    /// # Errors
+    /// [`ResetError`]; the pages are kept for the next harvest.
+    pub fn reset(self, vm: &dyn Hypervisor) -> Result<Harvested, ResetError> {
+        self.rings.reset(vm)
+    }
+}
+
+#[cfg(all(test, loom))]
+mod models;
+#[cfg(all(test, not(loom)))]
+mod tests;

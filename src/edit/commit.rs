@@ -1,0 +1,85 @@
+//! Carrying out a plan's steps, or taking back what was done.
+//!
+//! What a step does hides behind [`Effects`], so that every failure at every step can be tried without a VM. Nothing here
+//! decides anything: the plan is carried out as it is, and undone in reverse.
+
+use nix::errno::Errno;
+
+use crate::backing::SharedSlice;
+use crate::layout::{Layout, LayoutError, Memslot, SlotId};
+
+use super::plan::Step;
+
+/// What the steps of a plan do.
+pub trait Effects {
+    /// Carries out one step, all of it or nothing.
+    ///
+    /// # Errors
+    /// What KVM gave.
+    fn step(&self, step: &Step) -> Result<(), Errno>;
+}
+
+/// Somebody who keeps dirty bits, by the memory that they are about: where it lies does not matter to them, so an edit loses
+/// none.
+pub trait Harvest: std::fmt::Debug + Send + Sync {
+    /// The dirty log of `slot` is about to go. No vCPU is in the guest, and none of them enters before this returns.
+    /// Bit `n` is about byte `n * 4096` of `memory`.
+    ///
+    /// # Errors
+    /// Why it could not be had: the edit is not carried out then.
+    fn harvest(&self, slot: &Memslot, memory: &SharedSlice) -> Result<(), Errno>;
+
+    /// The slots are those of `layout` now. Called once per edit, before any vCPU enters the guest again.
+    fn edited(&self, layout: &Layout) {
+        let _ = layout;
+    }
+}
+
+/// A plan that failed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failed {
+    /// Which step failed.
+    pub at: usize,
+    /// What KVM gave.
+    pub errno: Errno,
+    /// Steps before it that could not be taken back, in the order in which they were done, and why. Empty if everything is
+    /// as it was.
+    pub left: Vec<(Step, Errno)>,
+}
+
+impl Failed {
+    /// The layout as it is after that, given the one before.
+    ///
+    /// # Errors
+    /// [`LayoutError`] if KVM did what the layout thinks it cannot.
+    pub fn layout(&self, before: &Layout) -> Result<Layout, LayoutError> {
+        let mut layout = before.clone();
+        for (step, _) in &self.left {
+            let removed: &[SlotId] = match step {
+                Step::Create(_) => &[],
+                other => &[other.slot().id],
+            };
+            let added = Some(*step.slot()).filter(|_| !matches!(step, Step::Delete(_)));
+            layout.replace(removed, added)?;
+        }
+        Ok(layout)
+    }
+}
+
+/// Carries out `steps`; if one fails, takes back those before it, last first.
+///
+/// # Errors
+/// [`Failed`].
+pub fn commit(steps: &[Step], effects: &dyn Effects) -> Result<(), Failed> {
+    for (at, step) in steps.iter().enumerate() {
+        if let Err(errno) = effects.step(step) {
+            let done = steps.iter().take(at).rev();
+            // Everything is tried, whatever failed before: what can be restored is.
+            let undo = |step: &Step| Some((*step, effects.step(&step.inverse()).err()?));
+            let mut left: Vec<_> = done.filter_map(undo).collect();
+            left.reverse();
+            return Err(Failed { at, errno, left });
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,57 @@
+//! The usual way out of `KVM_RUN`: `immediate_exit` and a signal.
+//!
+//! A signal alone may come just before the ioctl and be missed; `immediate_exit` alone is looked at only on the way in.
+//! Together nothing is missed.
+#![allow(unsafe_code, reason = "another thread writes a byte of the vCPU's kvm_run and sends a signal")]
+
+use std::sync::atomic::{AtomicPtr, AtomicU8, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use kvm_ioctls::VcpuFd;
+use nix::sys::pthread::{Pthread, pthread_kill, pthread_self};
+use nix::sys::signal::Signal;
+
+use super::Kick;
+
+/// Kicks a vCPU of `kvm-ioctls`. `KVM_CAP_IMMEDIATE_EXIT` is assumed; every kernel with guest_memfd has it.
+#[derive(Debug)]
+pub struct SignalKick {
+    immediate_exit: AtomicPtr<u8>,
+    signal: Signal,
+    /// The thread that entered last.
+    thread: Mutex<Option<Pthread>>,
+}
+
+impl SignalKick {
+    /// Kicks `vcpu` with `signal`, for which the VMM has installed a handler (one that does nothing will do) and which it
+    /// does not block.
+    ///
+    /// # Safety
+    /// `vcpu` must live as long as this value, and nobody else may write its `immediate_exit` meanwhile except atomically.
+    pub unsafe fn new(vcpu: &mut VcpuFd, signal: Signal) -> Self {
+        let immediate_exit = &raw mut vcpu.get_kvm_run().immediate_exit;
+        Self { immediate_exit: AtomicPtr::new(immediate_exit), signal, thread: Mutex::new(None) }
+    }
+
+    fn set(&self, value: u8) {
+        let byte = self.immediate_exit.load(Ordering::Relaxed);
+        // SAFETY: `new` was promised that the mapping lives, and that this byte is written atomically only; KVM reads it at
+        // any time.
+        unsafe { AtomicU8::from_ptr(byte) }.store(value, Ordering::SeqCst);
+    }
+}
+
+impl Kick for SignalKick {
+    fn entering(&self) {
+        *self.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(pthread_self());
+        self.set(0);
+    }
+
+    fn kick(&self) {
+        self.set(1);
+        if let Some(thread) = *self.thread.lock().unwrap_or_else(PoisonError::into_inner) {
+            // The gate is locked and the thread inside, so it is alive; `immediate_exit` serves if no signal can be sent.
+            let _sent = pthread_kill(thread, self.signal);
+        }
+    }
+}

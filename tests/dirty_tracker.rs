@@ -1,0 +1,376 @@
+//! The tracker where one has to know exactly what lies where: ids that are used again, writes in nobody's name, slots that KVM
+//! does not log, calls that fail.
+
+mod soft_kit;
+
+use std::sync::Arc;
+
+use cvm_memory::addr::{FilePage, FileRange, GfnRange};
+use cvm_memory::backing::{SharedBacking, SharedMemory};
+use cvm_memory::dirty::{
+    Clearing, DirtyBitmap, Mechanism, Stage, StartError, SyncError, SyncReport, Tracker, Unloggable,
+};
+use cvm_memory::gmem::FileId;
+use cvm_memory::hypervisor::{Cap, Exit, MemoryRegion, Platform, PreFaultMemory, Vcpu};
+use cvm_memory::layout::{FileBinding, Layout, Limits, Memslot, SlotFlags, SlotId};
+use cvm_memory::soft::{Arch, SoftVcpu, SoftVm};
+use cvm_memory_testkit::{Call, Recorder};
+use nix::errno::Errno;
+use soft_kit::*;
+
+const RING: Mechanism = Mechanism::Ring { cap: Cap::DIRTY_LOG_RING, bytes: 4096, backed: false };
+const BACKED: Mechanism = Mechanism::Ring { cap: Cap::DIRTY_LOG_RING, bytes: 4096, backed: true };
+const BY_LOOKING: Mechanism = Mechanism::Bitmap(Clearing::ByLooking);
+const BY_HAND: Mechanism = Mechanism::Bitmap(Clearing::ByHand);
+const FROM_ALL: Mechanism = Mechanism::Bitmap(Clearing::ByHandFromAll);
+const PAGES: u64 = 512;
+
+#[derive(Debug)]
+struct Backed;
+
+impl Arch for Backed {
+    fn platform(&self) -> Platform {
+        Platform::DEFAULT
+    }
+
+    fn offers_ring_with_bitmap(&self) -> bool {
+        true
+    }
+}
+
+/// A software KVM with one stretch of memory, a vCPU, and a tracker.
+struct Setup {
+    soft: SoftVm,
+    vm: Recorder<SoftVm>,
+    ram: &'static SharedMemory,
+    bitmap: Arc<DirtyBitmap>,
+    tracker: Tracker,
+    vcpu: SoftVcpu,
+    layout: Layout,
+}
+
+/// Pages of the memory `[from, from + pages)` at frame `gfn`.
+fn slot(ram: &SharedMemory, id: u16, at: u64, from: u64, pages: u64) -> Memslot {
+    Memslot {
+        id: SlotId::new(id),
+        gfns: gfns(at, at + pages),
+        hva: ram.hva() + from * PAGE,
+        flags: SlotFlags::LOG_DIRTY,
+        binding: None,
+    }
+}
+
+fn region(slot: &Memslot) -> MemoryRegion {
+    let shared = shared_slot(slot.id.raw(), slot.gfns.start_byte(), slot.gfns.bytes(), slot.hva);
+    MemoryRegion { flags: slot.flags.bits(), ..shared }
+}
+
+fn layout(slots: &[Memslot]) -> Layout {
+    Layout::from_slots(Limits::default(), [], slots.iter().copied()).unwrap()
+}
+
+fn pages(start: u64, end: u64) -> FileRange {
+    file_pages(start, end)
+}
+
+impl Setup {
+    fn new(mechanism: Mechanism, slots: impl Fn(&SharedMemory) -> Vec<Memslot>) -> Self {
+        let soft = SoftVm::with_arch(Arc::new(Backed));
+        let vm = Recorder::new(soft.clone());
+        let offer = cvm_memory::dirty::Offer::probe(&vm);
+        mechanism.enable(&vm, &offer).unwrap();
+        let ram: &'static SharedMemory = Box::leak(Box::new(SharedMemory::new(PAGES * PAGE).unwrap()));
+        let tracker = Tracker::new(Arc::new(vm.clone()), mechanism);
+        let bitmap = tracker.add_backing(ram).unwrap();
+        let slots = slots(ram);
+        slots.iter().for_each(|slot| set_region(&soft, &region(slot)).unwrap());
+        let vcpu = soft.create_vcpu();
+        if let Mechanism::Ring { bytes, .. } = mechanism {
+            tracker.add_ring(vcpu.dirty_ring(bytes).unwrap());
+        }
+        let layout = layout(&slots);
+        tracker.start(&layout, Unloggable::Refuse).unwrap();
+        vm.take();
+        Self { soft, vm, ram, bitmap, tracker, vcpu, layout }
+    }
+
+    fn write(&mut self, gfn: u64) {
+        finish(&mut self.vcpu, fill(gfn * PAGE, 1, 1, false));
+    }
+
+    /// Deletes all slots and creates others, as an edit does.
+    fn edit(&mut self, slots: &[Memslot]) {
+        for old in self.layout.table().slots() {
+            self.tracker.before_delete(old).unwrap();
+            set_region(&self.soft, &delete(old.id.raw())).unwrap();
+        }
+        slots.iter().for_each(|slot| set_region(&self.soft, &region(slot)).unwrap());
+        self.layout = layout(slots);
+        self.tracker.edited(&self.layout);
+    }
+
+    fn sync(&self) -> SyncReport {
+        self.tracker.sync(Stage::Running).unwrap()
+    }
+
+    fn dirty(&self) -> Vec<FileRange> {
+        self.bitmap.take().collect()
+    }
+}
+
+fn one_slot(ram: &SharedMemory) -> Vec<Memslot> {
+    vec![slot(ram, 3, 0x100, 0, 64)]
+}
+
+/// An entry for page 10 of slot 3 is read when slot 3 is something else already: it stays with the memory that was written.
+#[test]
+fn r06_a_slot_id_that_is_used_again() {
+    for told in [true, false] {
+        let mut setup = Setup::new(RING, one_slot);
+        setup.write(0x100 + 10);
+        let successor = slot(setup.ram, 3, 0x800, 128, 64);
+        if told {
+            setup.tracker.before_delete(&one_slot(setup.ram)[0]).unwrap();
+        }
+        // Not even if nobody told before the slot went.
+        set_region(&setup.soft, &delete(3)).unwrap();
+        set_region(&setup.soft, &region(&successor)).unwrap();
+        setup.tracker.edited(&layout(&[successor]));
+        setup.write(0x800 + 20);
+        let report = setup.sync();
+        assert_eq!((report.stray, report.overrun), (None, false));
+        assert_eq!(setup.dirty(), [pages(10, 11), pages(148, 149)], "told: {told}");
+    }
+}
+
+/// The generation goes on through several edits that nobody syncs between.
+#[test]
+fn r06_a_slot_id_that_is_used_again_and_again() {
+    let mut setup = Setup::new(RING, one_slot);
+    for round in 0..4 {
+        setup.write(0x100 + 10);
+        setup.edit(&[slot(setup.ram, 3, 0x100, (round + 1) * 64, 64)]);
+    }
+    setup.write(0x100 + 10);
+    setup.sync();
+    let expected: Vec<_> = (0..5).map(|round| pages(round * 64 + 10, round * 64 + 11)).collect();
+    assert_eq!(setup.dirty(), expected);
+}
+
+/// A write by KVM itself, in no vCPU's name: with rings that a log backs it is found by the last sync, and when its slot goes.
+#[test]
+fn r10_writes_in_no_vcpus_name() {
+    let mut setup = Setup::new(BACKED, one_slot);
+    setup.write(0x101);
+    setup.soft.write_guest(0x102 * PAGE, &[1]).unwrap();
+    setup.sync();
+    assert_eq!(setup.dirty(), [pages(1, 2)]);
+    assert_eq!(setup.tracker.sync(Stage::Last).unwrap().pages, 1);
+    assert_eq!(setup.dirty(), [pages(2, 3)]);
+
+    setup.soft.write_guest(0x103 * PAGE, &[1]).unwrap();
+    setup.edit(&[slot(setup.ram, 3, 0x900, 64, 64)]);
+    assert_eq!(setup.dirty(), [pages(3, 4)]);
+    assert_eq!(setup.soft.lost_dirty_pages(), 0);
+}
+
+/// A vCPU that came back with a full ring gets room by one call, as often as it takes.
+#[test]
+fn r11_room_for_a_full_ring() {
+    let mut setup = Setup::new(RING, |ram| vec![slot(ram, 3, 0x100, 0, PAGES)]);
+    // A vCPU that has no ring here does no harm.
+    let _idle = setup.soft.create_vcpu();
+    setup.vcpu.start(fill(0x100 * PAGE, PAGES * PAGE, 7, false));
+    let mut fulls = 0;
+    loop {
+        match setup.vcpu.run().unwrap() {
+            Exit::Halt => break,
+            Exit::DirtyRingFull => fulls += 1,
+            exit => panic!("{exit:?}"),
+        }
+        assert_eq!(setup.tracker.ring_full().unwrap().pages, 256 - 64);
+    }
+    assert_eq!(fulls, 2);
+    // The write that filled it up is not made before there is room, so it needs another entry.
+    assert_eq!(setup.sync().pages, PAGES - 2 * (192 - 1));
+    assert_eq!(setup.dirty(), [pages(0, PAGES)]);
+}
+
+/// With rings, clearing by hand is never enabled; and a slot without a log has no dirty pages.
+#[test]
+fn r12_no_log_is_no_error() {
+    let setup = Setup::new(BY_LOOKING, one_slot);
+    set_region(&setup.soft, &delete(3)).unwrap();
+    assert_eq!(setup.sync(), SyncReport::default());
+    let vm = Recorder::new(SoftVm::default_type());
+    RING.enable(&vm, &cvm_memory::dirty::Offer::probe(&vm)).unwrap();
+    let by_hand =
+        |call: &Call| matches!(call, Call::EnableCap { cap: Cap::MANUAL_DIRTY_LOG_PROTECT2, args } if args[0] != 0);
+    assert_eq!(vm.count_matching(by_hand), 0);
+}
+
+/// What was in a slot's log is in the bitmap when it goes, at the same pages of the backing, by whichever mechanism.
+#[test]
+fn r13_deleted_while_logged() {
+    for mechanism in [BY_LOOKING, BY_HAND, RING, BACKED] {
+        let mut setup = Setup::new(mechanism, one_slot);
+        setup.write(0x105);
+        setup.edit(&[]);
+        assert_eq!(setup.dirty(), [pages(5, 6)], "{mechanism:?}");
+        assert_eq!(setup.sync(), SyncReport::default());
+        assert_eq!(setup.tracker.take_gfns(), []);
+    }
+}
+
+/// One slot becomes two and a hole: pages of the parts are found in them, those of the hole by backing only.
+#[test]
+fn t10_a_split_keeps_bits() {
+    for mechanism in [BY_LOOKING, BY_HAND, RING] {
+        let mut setup = Setup::new(mechanism, |ram| vec![slot(ram, 1, 0x100, 0, 256)]);
+        for page in [5, 0xb0, 200] {
+            setup.write(0x100 + page);
+        }
+        setup.edit(&[slot(setup.ram, 1, 0x100, 0, 0xa0), slot(setup.ram, 2, 0x1c0, 0xc0, 64)]);
+        setup.sync();
+        assert_eq!(setup.tracker.take_gfns(), [gfns(0x105, 0x106), gfns(0x1c8, 0x1c9)]);
+        assert_eq!(setup.dirty(), [pages(0xb0, 0xb1)]);
+    }
+}
+
+/// Runs of frames go on over slots that touch; each address space has its own.
+#[test]
+fn runs_by_frame() {
+    let mut setup = Setup::new(BY_LOOKING, |ram| vec![slot(ram, 1, 0x100, 100, 64), slot(ram, 2, 0x140, 0, 64)]);
+    for gfn in [0x13e, 0x13f, 0x140, 0x150] {
+        setup.write(gfn);
+    }
+    assert_eq!(setup.sync().pages, 4);
+    assert_eq!(setup.tracker.take_gfns(), [gfns(0x13e, 0x141), gfns(0x150, 0x151)]);
+    assert!(setup.bitmap.is_empty());
+}
+
+/// By hand: a log is cleared in pieces before its bits are shown, and only where there are any.
+#[test]
+fn cleared_before_it_is_shown() {
+    let mut setup = Setup::new(BY_HAND, one_slot);
+    setup.write(0x101);
+    setup.vm.fail_matching(|call| matches!(call, Call::ClearDirtyLog { .. }), Errno::EINTR);
+    let error = setup.tracker.sync(Stage::Running).unwrap_err();
+    assert!(matches!(error, SyncError::Clear { first: 0, pages: 64, errno: Errno::EINTR, .. }), "{error:?}");
+    assert!(setup.bitmap.is_empty(), "it is not protected yet");
+    setup.vm.take();
+    assert_eq!(setup.sync().pages, 1);
+    let cleared = Call::ClearDirtyLog { slot: 3, first_page: 0, num_pages: 64, bits: 1 };
+    assert_eq!(setup.vm.take(), [Call::GetDirtyLog { slot: 3 }, cleared]);
+    assert_eq!(setup.dirty(), [pages(1, 2)]);
+    setup.sync();
+    assert_eq!(setup.vm.take(), [Call::GetDirtyLog { slot: 3 }], "nothing to clear");
+}
+
+/// Failures of rings and logs lose nothing.
+#[test]
+fn what_fails_is_found_by_the_next() {
+    let mut setup = Setup::new(RING, one_slot);
+    setup.write(0x101);
+    setup.vm.fail_nth(1, Errno::EIO);
+    setup.tracker.sync(Stage::Running).unwrap_err();
+    assert!(setup.bitmap.is_empty());
+    setup.sync();
+    assert_eq!(setup.dirty(), [pages(1, 2)]);
+
+    let mut setup = Setup::new(BY_LOOKING, one_slot);
+    setup.write(0x101);
+    setup.vm.fail_nth(1, Errno::EIO);
+    let error = setup.tracker.sync(Stage::Running).unwrap_err();
+    assert_eq!(error, SyncError::Get { slot: SlotId::new(3), errno: Errno::EIO });
+    setup.vm.fail_nth(1, Errno::EIO);
+    setup.tracker.before_delete(&one_slot(setup.ram)[0]).unwrap_err();
+    setup.sync();
+    assert_eq!(setup.dirty(), [pages(1, 2)]);
+}
+
+/// A slot that was replaced by a longer one behind the tracker's back: its log does not fit, and all of it is dirty.
+#[test]
+fn a_log_that_does_not_fit() {
+    let mut setup = Setup::new(BY_LOOKING, one_slot);
+    set_region(&setup.soft, &delete(3)).unwrap();
+    set_region(&setup.soft, &region(&slot(setup.ram, 3, 0x100, 0, 65))).unwrap();
+    setup.write(0x101);
+    let report = setup.sync();
+    assert!(report.overrun);
+    assert_eq!(setup.dirty(), [pages(0, 64)]);
+}
+
+/// Entries that KVM has written over: everything is dirty, and a vCPU that can never run again is told of.
+#[test]
+fn an_overrun_ring() {
+    let mut setup = Setup::new(RING, |ram| vec![slot(ram, 3, 0x100, 0, PAGES)]);
+    let mut all = PreFaultMemory { gpa: 0x100 * PAGE, size: PAGES * PAGE, flags: 0 };
+    setup.vcpu.pre_fault_memory(&mut all).unwrap();
+    assert_eq!(setup.soft.lost_dirty_pages(), 256);
+    let report = setup.sync();
+    assert!(report.overrun);
+    assert_eq!(setup.dirty(), [pages(0, PAGES)]);
+    setup.vcpu.start(fill(0x100 * PAGE, 1, 7, false));
+    let error = loop {
+        assert!(matches!(setup.vcpu.run(), Ok(Exit::DirtyRingFull)));
+        if let Err(error) = setup.tracker.ring_full() {
+            break error;
+        }
+    };
+    assert_eq!(error, SyncError::Stuck);
+}
+
+/// A log that starts with every page in it, and one that does not.
+#[test]
+fn from_all() {
+    let mut setup = Setup::new(FROM_ALL, one_slot);
+    assert_eq!(setup.sync().pages, 64);
+    assert_eq!(setup.dirty(), [pages(0, 64)]);
+    assert_eq!(setup.sync().pages, 0);
+    setup.write(0x101);
+    assert_eq!(setup.sync().pages, 1);
+}
+
+/// Slots with a guest_memfd: refused with the reason, or dirty all the time.
+#[test]
+fn slots_that_kvm_does_not_log() {
+    let setup = Setup::new(BY_LOOKING, one_slot);
+    let file = FileId::next();
+    let binding = Some(FileBinding { file, start: FilePage::ZERO });
+    let private = Memslot { flags: SlotFlags::GUEST_MEMFD, binding, ..slot(setup.ram, 4, 0x200, 64, 16) };
+    let slots = [one_slot(setup.ram)[0], private];
+    let layout = Layout::from_slots(Limits::default(), [(file, 16)], slots).unwrap();
+    let refused = setup.tracker.start(&layout, Unloggable::Refuse).unwrap_err();
+    assert_eq!(refused, StartError::Unloggable { slot: SlotId::new(4), gfns: private.gfns });
+    assert!(refused.to_string().contains("guest_memfd"), "{refused}");
+    assert_eq!(setup.sync(), SyncReport::default(), "nothing is tracked");
+    setup.tracker.start(&layout, Unloggable::AlwaysDirty).unwrap();
+    for _ in 0..2 {
+        assert_eq!(setup.sync().pages, 16);
+        assert_eq!(setup.tracker.take_gfns(), [private.gfns]);
+    }
+    // Neither does it log what it was not asked to.
+    let silent = Memslot { flags: SlotFlags::empty(), ..one_slot(setup.ram)[0] };
+    setup.tracker.start(&self::layout(&[silent]), Unloggable::Refuse).unwrap();
+    assert_eq!(setup.sync(), SyncReport::default());
+}
+
+/// A slot over memory that nobody has added: an error, and everything is dirty once it was.
+#[test]
+fn memory_that_is_not_known() {
+    let mut setup = Setup::new(RING, one_slot);
+    let other: &'static SharedMemory = Box::leak(Box::new(SharedMemory::new(16 * PAGE).unwrap()));
+    let there = slot(other, 5, 0x300, 0, 16);
+    let error = StartError::NoBacking { slot: SlotId::new(5), hva: other.hva(), bytes: 16 * PAGE };
+    assert_eq!(setup.tracker.start(&layout(&[there]), Unloggable::Refuse), Err(error));
+    setup.tracker.start(&setup.layout, Unloggable::Refuse).unwrap();
+    setup.edit(&[there]);
+    assert_eq!(setup.tracker.sync(Stage::Last), Err(SyncError::Layout(error)));
+    let bitmap = setup.tracker.add_backing(other).unwrap();
+    setup.tracker.edited(&setup.layout);
+    setup.sync();
+    assert_eq!(bitmap.take().collect::<Vec<_>>(), [pages(0, 16)]);
+    let frames: Vec<GfnRange> = setup.tracker.take_gfns();
+    assert_eq!(frames, []);
+}

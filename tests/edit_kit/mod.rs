@@ -1,0 +1,195 @@
+//! What the tests of edits share: guests that pass the gate, and somebody who keeps dirty bits.
+#![allow(dead_code, reason = "each test file uses its own part")]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex};
+
+use cvm_memory::addr::{Gfn, GfnRange};
+use cvm_memory::backing::{SharedBacking, SharedMemory, SharedSlice};
+use cvm_memory::edit::{Harvest, Step};
+use cvm_memory::exits::{Action, Handled, VcpuExits};
+use cvm_memory::gate::{Gate, Kick, VcpuPass};
+use cvm_memory::hypervisor::Exit;
+use cvm_memory::hypervisor::kvm::KvmVm;
+use cvm_memory::layout::{Memslot, SlotFlags};
+use cvm_memory::memory::{Committed, CvmMemory, SlotSpec};
+use cvm_memory::soft::ImmediateExit;
+use cvm_memory_testkit::{Guest, GuestOp, Outcome, kvm_guest};
+use nix::errno::Errno;
+
+pub const PAGE: u64 = 4096;
+pub const MIB: u64 = 1 << 20;
+
+pub fn gfn(n: u64) -> Gfn {
+    Gfn::new(n).unwrap()
+}
+
+pub fn gfns(start: u64, end: u64) -> GfnRange {
+    GfnRange::new(gfn(start), gfn(end)).unwrap()
+}
+
+pub fn slice(size: u64) -> SharedSlice {
+    SharedSlice { backing: Arc::new(SharedMemory::new(size).unwrap()), offset: 0 }
+}
+
+/// Memory that is never private, of pages `offset` on of `backing`.
+pub fn plain(gpa: u64, size: u64, backing: &Arc<dyn SharedBacking>, offset: u64, flags: SlotFlags) -> SlotSpec {
+    let shared = SharedSlice { backing: Arc::clone(backing), offset };
+    SlotSpec { id: None, gpa, size, shared, private: None, flags }
+}
+
+/// Kinds and frames of what was done.
+pub fn steps(done: &Committed) -> Vec<(&'static str, GfnRange)> {
+    done.steps.iter().map(|step: &Step| (step.kind(), step.slot().gfns)).collect()
+}
+
+/// The slots, without their ids.
+pub fn slots(memory: &CvmMemory) -> Vec<GfnRange> {
+    memory.space().layout().table().slots().map(|slot| slot.gfns).collect()
+}
+
+/// How each kind of guest is got out of a run.
+#[derive(Debug)]
+pub struct SoftKick(pub ImmediateExit);
+
+impl Kick for SoftKick {
+    fn entering(&self) {
+        self.0.set(false);
+    }
+
+    fn kick(&self) {
+        self.0.set(true);
+    }
+}
+
+/// A kick that has come too late makes the next run fail once; so nothing needs to be forgotten.
+#[derive(Debug)]
+pub struct KvmKick(pub kvm_guest::Kick);
+
+impl Kick for KvmKick {
+    fn entering(&self) {}
+
+    fn kick(&self) {
+        self.0.kick();
+    }
+}
+
+/// A vCPU with everything a VMM's thread has: the gate, and what handles exits.
+#[derive(Debug)]
+pub struct Runner<G> {
+    pub guest: G,
+    pass: VcpuPass,
+    exits: VcpuExits,
+    /// Exits that were not conversions.
+    pub unexplained: Vec<String>,
+    pub completed: u64,
+}
+
+impl<G: Guest> Runner<G> {
+    pub fn new(memory: &Arc<CvmMemory>, guest: G, kick: Arc<dyn Kick>) -> Self {
+        Self::with_gate(memory, memory.gate(), guest, kick)
+    }
+
+    pub fn with_gate(memory: &Arc<CvmMemory>, gate: &Arc<Gate>, guest: G, kick: Arc<dyn Kick>) -> Self {
+        let pass = Gate::register(gate, kick);
+        let exits = VcpuExits::new(Arc::clone(memory));
+        Self { guest, pass, exits, unexplained: Vec::new(), completed: 0 }
+    }
+
+    /// Does `op` to its end, as a VMM would.
+    pub fn perform(&mut self, op: GuestOp) -> Outcome {
+        self.guest.start(op);
+        loop {
+            let inside = self.pass.enter().unwrap();
+            let result = self.guest.run();
+            drop(inside);
+            match result {
+                Ok(Exit::Halt) => return self.guest.result().unwrap(),
+                Ok(mut exit) => {
+                    let what = format!("{exit:x?}");
+                    match self.exits.handle(&mut exit) {
+                        Action::Resume(Handled::Completed) => self.completed += 1,
+                        Action::Resume(_) => {}
+                        other => panic!("{what} came to {other:x?}"),
+                    }
+                    if !matches!(exit, Exit::MemoryFault(_) | Exit::Hypercall(_)) {
+                        self.unexplained.push(what);
+                    }
+                }
+                Err(Errno::EINTR | Errno::EAGAIN) => {}
+                Err(errno) => panic!("run failed: {errno}"),
+            }
+        }
+    }
+}
+
+/// Keeps dirty bits by offset in the one mapping there is, and checks each against the memory: with nobody inside, what has
+/// changed since last time must be dirty (the scheme of the kernel's `dirty_log_test`). Page values are their first 8 bytes.
+#[derive(Debug)]
+pub struct Bits {
+    vm: KvmVm,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+pub struct State {
+    /// Pages that were dirty at any time.
+    pub dirty: BTreeSet<u64>,
+    seen: BTreeMap<u64, u64>,
+    /// Pages that changed without a bit.
+    pub lost: Vec<u64>,
+    pub harvests: u64,
+}
+
+impl Bits {
+    pub fn new(vm: &KvmVm) -> Arc<Self> {
+        Arc::new(Self { vm: vm.clone(), state: Mutex::default() })
+    }
+
+    pub fn state(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    /// Collects from all slots that log.
+    pub fn collect(&self, memory: &CvmMemory) {
+        let space = memory.space();
+        let logged = |slot: &&Memslot| slot.flags.contains(SlotFlags::LOG_DIRTY);
+        for slot in space.layout().table().slots().filter(logged) {
+            self.harvest(slot, space.shared(slot.id).unwrap()).unwrap();
+        }
+    }
+}
+
+impl Harvest for Bits {
+    fn harvest(&self, slot: &Memslot, memory: &SharedSlice) -> Result<(), Errno> {
+        let size = usize::try_from(slot.gfns.bytes()).unwrap();
+        let log = self.vm.vm().get_dirty_log(slot.id.raw(), size).map_err(|error| Errno::from_raw(error.errno()))?;
+        let state = &mut *self.state();
+        state.harvests += 1;
+        let is_dirty = |page: u64| {
+            let word = log[usize::try_from(page / 64).unwrap()];
+            word >> (page % 64) & 1 == 1
+        };
+        // All pages of small slots; of large ones those that are dirty, since reading the others would allocate them.
+        let pages: Vec<u64> = if slot.gfns.pages() <= 4096 {
+            (0..slot.gfns.pages()).collect()
+        } else {
+            let words = log.iter().enumerate().filter(|(_, word)| **word != 0);
+            words.flat_map(|(at, _)| (at as u64 * 64)..(at as u64 * 64 + 64)).filter(|page| is_dirty(*page)).collect()
+        };
+        for page in pages {
+            let offset = memory.offset / PAGE + page;
+            let bytes = memory.backing.slice(offset * PAGE, 8).unwrap();
+            let mut value = [0; 8];
+            bytes.copy_to(&mut value[..]);
+            let value = u64::from_le_bytes(value);
+            let before = state.seen.insert(offset, value).unwrap_or(0);
+            if is_dirty(page) {
+                state.dirty.insert(offset);
+            } else if before != value {
+                state.lost.push(offset);
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,238 @@
+//! Two vCPUs hammer memory while another thread edits it, around and under them: no exit that is not explained, no wrong
+//! byte, no dirty bit lost. 1,000 transactions; `CVM_EDIT_TRANSACTIONS` sets another number.
+
+mod edit_kit;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+
+use cvm_memory::backing::SharedBacking;
+use cvm_memory::convert::{Request, State};
+use cvm_memory::edit::Prefer;
+use cvm_memory::gate::Kick;
+use cvm_memory::hypervisor::{Hypervisor, Platform};
+use cvm_memory::layout::SlotFlags;
+use cvm_memory::memory::{CommitOptions, CvmMemory, Edit, EditError};
+use cvm_memory::soft::SoftVm;
+use cvm_memory_testkit::{Guest, GuestOp, KvmGuest, Outcome, SoftGuest, kvm, private_kvm};
+use edit_kit::{Bits, KvmKick, PAGE, Runner, SoftKick, gfns, plain, slice};
+
+/// Pages that the guests use at all times, and pages above them that come and go, all in one mapping.
+const USED: u64 = 96;
+const ALL: u64 = 160;
+/// Where memory is moved to and back from.
+const AWAY: u64 = 0x1000;
+
+fn transactions() -> u64 {
+    std::env::var("CVM_EDIT_TRANSACTIONS").ok().map_or(1_000, |text| text.parse().unwrap())
+}
+
+struct Numbers(u64);
+
+impl Numbers {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % bound
+    }
+}
+
+/// One edit, of whatever kind is possible now. Memory below `USED` is always what it was.
+fn edit_something(edit: &mut Edit<'_>, numbers: &mut Numbers) -> Result<(), EditError> {
+    let upper = edit.draft().regions().map(|region| region.gfns.end().get()).filter(|end| *end <= ALL).max().unwrap();
+    let away = edit.draft().regions().any(|region| region.gfns.start().get() >= AWAY);
+    match numbers.below(6) {
+        0 => drop(edit.split((1 + numbers.below(USED - 1)) * PAGE)?),
+        1 => drop(edit.merge(0, USED * PAGE)?),
+        2 if upper > USED => {
+            let top = edit.draft().regions().filter(|region| region.gfns.end().get() == upper).last().unwrap().gfns;
+            let left = USED.max(top.start().get() + 1) + numbers.below(upper - USED.max(top.start().get() + 1) + 1);
+            edit.truncate(top.start().get() * PAGE, (left - top.start().get()) * PAGE)?;
+        }
+        3 if upper < ALL && !away => {
+            let top = edit.draft().regions().filter(|region| region.gfns.end().get() == upper).last().unwrap().gfns;
+            let end = upper + 1 + numbers.below(ALL - upper);
+            edit.grow(top.start().get() * PAGE, (end - top.start().get()) * PAGE)?;
+        }
+        4 if !away && upper > USED + 8 => drop(edit.move_to((upper - 8) * PAGE, 8 * PAGE, AWAY * PAGE)?),
+        4 if away => {
+            let moved = edit.draft().regions().filter(|region| region.gfns.start().get() >= AWAY);
+            let moved: Vec<_> = moved.map(|region| region.gfns).collect();
+            edit.move_to(AWAY * PAGE, moved.iter().map(|gfns| gfns.bytes()).sum(), upper * PAGE)?;
+        }
+        // All of it away and back: one edit, nothing to do for what has not changed.
+        5 => {
+            let regions: Vec<_> = edit.draft().regions().copied().collect();
+            edit.apply_all(vec![cvm_memory::edit::Operation::ReplaceAll(regions)])?;
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+/// What one vCPU does: writes its pages with a value that grows, and finds it there again. Even pages are its private ones.
+fn hammer<G: Guest>(runner: &mut Runner<G>, who: u64, done: &AtomicBool, visits: &AtomicU64, mixed: bool) {
+    let code = runner.guest.return_code();
+    let mine: Vec<u64> = (0..USED).filter(|page| page / 2 % 2 == who).collect();
+    let mut value = vec![0_u64; mine.len()];
+    while !done.load(Ordering::Acquire) {
+        for (page, value) in mine.iter().zip(&mut value) {
+            runner.guest.set_private(mixed && page % 2 == 0);
+            let gpa = page * PAGE;
+            let found = runner.perform(GuestOp::Read { gpa, len: 8 });
+            assert_eq!(found, Outcome::Data(value.to_le_bytes().to_vec()), "page {page} of vcpu {who}");
+            *value += 1;
+            runner.perform(GuestOp::Write { gpa, data: value.to_le_bytes().to_vec() });
+            if page % 16 < 2 {
+                let fill = u8::try_from(*value % 251).unwrap();
+                runner.perform(GuestOp::Fill { gpa: gpa + 1024, len: 512, byte: fill });
+                assert_eq!(runner.perform(GuestOp::Check { gpa: gpa + 1024, len: 512, byte: fill }), Outcome::Same);
+                runner.perform(GuestOp::Write { gpa: gpa + 2048, data: code.to_vec() });
+                assert_eq!(runner.perform(GuestOp::Fetch { gpa: gpa + 2048 }), Outcome::Done);
+            }
+            visits.fetch_add(1, Ordering::AcqRel);
+        }
+    }
+    assert_eq!(runner.unexplained, Vec::<String>::new(), "vcpu {who}");
+    assert_eq!(runner.completed, 0, "vcpu {who} was never inside while memory was in flux");
+}
+
+/// Ends the hammering when it goes.
+struct Done<'a>(&'a AtomicBool);
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
+fn stress<G: Guest + Send>(memory: &Arc<CvmMemory>, guests: [(G, Arc<dyn Kick>); 2], mixed: bool, bits: Option<&Bits>) {
+    let (done, visits) = (AtomicBool::new(false), [AtomicU64::new(0), AtomicU64::new(0)]);
+    if mixed {
+        // Odd pages are shared.
+        for page in (1..ALL).step_by(2) {
+            memory.convert(&Request { range: gfns(page, page + 1), to: State::Shared }).unwrap();
+        }
+    }
+    let (mut calls, mut stops, mut naive, mut refused, mut seen) = (0, 0, 0, 0_u64, [0; 2]);
+    thread::scope(|scope| {
+        let mut threads = Vec::new();
+        for ((guest, kick), who) in guests.into_iter().zip(0..) {
+            let (done, visits) = (&done, &visits[usize::try_from(who).unwrap()]);
+            threads.push(scope.spawn(move || {
+                let mut runner = Runner::new(memory, guest, kick);
+                hammer(&mut runner, who, done, visits, mixed);
+            }));
+        }
+        // Also should this thread panic.
+        let _done = Done(&done);
+        let mut numbers = Numbers(5);
+        for _ in 0..transactions() {
+            // Each gets on in between, so that all the edits find them at something else.
+            for (visits, seen) in visits.iter().zip(&mut seen) {
+                while visits.load(Ordering::Acquire) == *seen && threads.iter().all(|thread| !thread.is_finished()) {
+                    thread::yield_now();
+                }
+                *seen = visits.load(Ordering::Acquire);
+            }
+            let mut edit = memory.edit();
+            for _ in 0..=numbers.below(3) {
+                let mut nested = edit.begin();
+                // What makes no sense as things stand is refused, and the edit goes on without.
+                if edit_something(&mut nested, &mut numbers).is_ok() {
+                    nested.commit();
+                }
+            }
+            let prefer = if numbers.below(2) == 0 { Prefer::FewSlots } else { Prefer::NoInterruption };
+            let patience = std::time::Duration::from_secs(60);
+            let result = match edit.commit(&CommitOptions { prefer, patience, ..CommitOptions::default() }) {
+                Ok(result) => result,
+                // Memory that was moved back grows beyond its mapping or into pages that are bound: refused, and no harm done.
+                Err(EditError::SharedTooShort { .. } | EditError::Plan(_)) => {
+                    refused += 1;
+                    continue;
+                }
+                Err(other) => panic!("{other}"),
+            };
+            (calls, naive) = (calls + result.steps.len(), naive + result.naive_calls);
+            stops += u64::from(result.stopped.is_some());
+            // A vCPU thread that has failed is not waited for.
+            assert!(threads.iter().all(|thread| !thread.is_finished()), "a vcpu has ended");
+        }
+    });
+    assert!(refused < transactions() / 2, "{refused} refused");
+    if let Some(bits) = bits {
+        bits.collect(memory);
+        assert_eq!(bits.state().lost, Vec::<u64>::new(), "pages that changed without a dirty bit");
+        assert!(bits.state().harvests > 0);
+    }
+    let visits = visits.map(AtomicU64::into_inner);
+    assert!(visits.iter().all(|visits| *visits >= transactions()), "both ran: {visits:?}");
+    let edits = transactions();
+    println!(
+        "{edits} edits: {calls} calls, {stops} stops (delete-all-add-all: {naive} and {edits}); pages visited: {visits:?}"
+    );
+}
+
+fn soft_guests(vm: &SoftVm) -> [(SoftGuest, Arc<dyn Kick>); 2] {
+    [(); 2].map(|()| {
+        let guest = SoftGuest::new(vm);
+        let kick: Arc<dyn Kick> = Arc::new(SoftKick(guest.vcpu().immediate_exit()));
+        (guest, kick)
+    })
+}
+
+fn private_memory(vm: Arc<dyn Hypervisor>) -> Arc<CvmMemory> {
+    let memory = CvmMemory::builder().address_limit(1 << 30).ram(0, ALL * PAGE).build(vm).unwrap();
+    Arc::new(memory)
+}
+
+fn plain_memory(vm: Arc<dyn Hypervisor>, flags: SlotFlags) -> Arc<CvmMemory> {
+    let backing: Arc<dyn SharedBacking> = slice(ALL * PAGE).backing;
+    let slot = plain(0, ALL * PAGE, &backing, 0, flags);
+    Arc::new(CvmMemory::builder().address_limit(1 << 30).slot(slot).build(vm).unwrap())
+}
+
+#[test]
+fn software_kvm_software_protected() {
+    let vm = SoftVm::software_protected();
+    stress(&private_memory(Arc::new(vm.clone())), soft_guests(&vm), true, None);
+}
+
+#[test]
+fn software_kvm_tagged() {
+    let vm = SoftVm::tagged();
+    stress(&private_memory(Arc::new(vm.clone())), soft_guests(&vm), true, None);
+}
+
+#[test]
+fn software_kvm_default() {
+    let vm = SoftVm::default_type();
+    stress(&plain_memory(Arc::new(vm.clone()), SlotFlags::empty()), soft_guests(&vm), false, None);
+}
+
+#[test]
+fn kvm_default_with_a_dirty_log() {
+    let Some(vm) = kvm(Platform::DEFAULT) else { return };
+    let memory = plain_memory(Arc::new(vm.clone()), SlotFlags::LOG_DIRTY);
+    let bits = Bits::new(&vm);
+    memory.set_harvest(Some(Arc::<Bits>::clone(&bits)));
+    let guests = [0, 1].map(|id| {
+        let guest = KvmGuest::new(&vm, id);
+        let kick: Arc<dyn Kick> = Arc::new(KvmKick(guest.kick()));
+        (guest, kick)
+    });
+    stress(&memory, guests, false, Some(&bits));
+}
+
+#[test]
+fn kvm_software_protected() {
+    let Some(vm) = private_kvm() else { return };
+    let memory = private_memory(Arc::new(vm.clone()));
+    let guests = [0, 1].map(|id| {
+        let guest = KvmGuest::new(&vm, id);
+        let kick: Arc<dyn Kick> = Arc::new(KvmKick(guest.kick()));
+        (guest, kick)
+    });
+    stress(&memory, guests, true, None);
+}

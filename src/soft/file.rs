@@ -242,3 +242,31 @@ fn errno_of(error: &std::io::Error) -> Errno {
 fn no_space_is_no_memory(errno: Errno) -> Errno {
     if errno == Errno::ENOSPC { Errno::ENOMEM } else { errno }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::arch::Plain;
+    use super::*;
+
+    /// What was freed is nobody's memory, even where the file has a page again.
+    #[test]
+    fn a_frame_outlives_its_page_as_poison() {
+        let file = GmemFile::create(2 * PAGE_BYTES as u64, GmemFlags::empty()).unwrap();
+        let (page, gfn) = (FilePage::new(1).unwrap(), Gfn::new(7).unwrap());
+        let read = |frame: &Frame| {
+            let mut bytes = [1; 4];
+            file.read_at(frame, 8, &mut bytes).unwrap();
+            bytes
+        };
+        let old = file.get_page(&Plain, page, gfn).unwrap();
+        file.write_at(&old, 8, &[2; 4]).unwrap();
+        let same = file.get_page(&Plain, page, gfn).unwrap();
+        assert_eq!((read(&old), read(&same)), ([2; 4], [2; 4]));
+
+        file.remove_pages(&Plain, FileRange::page(page));
+        assert_eq!(read(&old), [POISON; 4]);
+        let new = file.get_page(&Plain, page, gfn).unwrap();
+        file.write_at(&old, 8, &[3; 4]).unwrap();
+        assert_eq!((read(&old), read(&new)), ([POISON; 4], [0; 4]));
+    }
+}

@@ -20,6 +20,7 @@ pub mod live;
 pub mod machine;
 pub mod observation;
 pub mod play;
+pub mod race;
 pub mod random;
 pub mod reference;
 pub mod run;

@@ -77,6 +77,16 @@ impl Live {
         &mut *self.guests[usize::from(vcpu)]
     }
 
+    /// Gives the guests away, to threads of their own; [`put_guests`](Self::put_guests) takes them back.
+    pub(crate) fn take_guests(&mut self) -> Vec<Box<dyn Guest>> {
+        std::mem::take(&mut self.guests)
+    }
+
+    /// Takes the guests back. They have to go before the VM.
+    pub(crate) fn put_guests(&mut self, guests: Vec<Box<dyn Guest>>) {
+        self.guests = guests;
+    }
+
     fn descriptor(&self, descriptor: Descriptor) -> RawFd {
         match descriptor {
             Descriptor::File(name) => self.files.get(&name).map_or(-1, |file| file.as_fd().as_raw_fd()),

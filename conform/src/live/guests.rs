@@ -18,7 +18,7 @@ const PAGE: u64 = 4096;
 pub static SPURIOUS: AtomicU64 = AtomicU64::new(0);
 
 /// Carries out an operation of a guest.
-pub(super) fn play(guest: &mut dyn Guest, operation: &Operation) -> Observation {
+pub(crate) fn play(guest: &mut dyn Guest, operation: &Operation) -> Observation {
     let mut seen = Vec::new();
     let end = match *operation {
         Operation::Load { gpa, len, private, .. } => {

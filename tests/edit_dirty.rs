@@ -18,6 +18,16 @@ use cvm_memory_testkit::{Guest, GuestOp, KvmGuest, kvm};
 use edit_kit::{Bits, KvmKick, PAGE, Runner, gfns, plain, slice, slots, steps};
 
 const GIB: u64 = 1 << 30;
+
+/// Ends the writing when it goes.
+struct Done<'a>(&'a AtomicBool);
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
 const FEW: CommitOptions = CommitOptions {
     prefer: Prefer::FewSlots,
     patience: std::time::Duration::from_secs(60),
@@ -133,6 +143,8 @@ fn a_hole_in_a_large_slot_under_a_writer() {
             }
             assert_eq!((runner.unexplained.len(), runner.completed), (0, 0), "the writer saw it");
         });
+        // Also should this thread panic.
+        let stop = Done(done);
         for _ in 0..5 {
             let before = rounds.load(Ordering::Acquire);
             while rounds.load(Ordering::Acquire) < before + 2 && !writer.is_finished() {
@@ -153,7 +165,7 @@ fn a_hole_in_a_large_slot_under_a_writer() {
             edit.grow(BASE, 9 * GIB).unwrap().merge(BASE, size).unwrap();
             edit.commit(&FEW).unwrap();
         }
-        done.store(true, Ordering::Release);
+        drop(stop);
         writer.join().unwrap();
     });
     bits.collect(&memory);

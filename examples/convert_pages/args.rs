@@ -13,7 +13,10 @@ pub struct Args {
     /// Who runs the guest; auto takes KVM if it offers private memory.
     #[arg(long, value_enum, default_value_t = BackendChoice::Auto)]
     pub backend: BackendChoice,
-    /// The kind of VM of the software KVM.
+    /// A platform whose protocol the guest speaks; the software KVM only.
+    #[arg(long, value_enum)]
+    pub platform: Option<PlatformChoice>,
+    /// The kind of VM of the software KVM, without a platform.
     #[arg(long, value_enum, default_value_t = SoftVmKind::Tagged)]
     pub soft_vm: SoftVmKind,
     /// Guest memory in bytes, with an optional suffix K, M, G or T.
@@ -56,6 +59,12 @@ pub enum BackendChoice {
     Soft,
     /// KVM, with a software-protected VM.
     Kvm,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PlatformChoice {
+    /// SEV-SNP: a model of the RMP, page state changes by the guest's GHCB page, acceptance.
+    Snp,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -3,24 +3,41 @@
 use std::error::Error;
 use std::sync::Arc;
 
-use cvm_memory::addr::GfnRange;
+use cvm_memory::addr::{GfnRange, PAGE_SIZE};
 use cvm_memory::hypervisor::kvm::KvmVm;
 use cvm_memory::hypervisor::{Cap, Capabilities, Hypervisor, MEMORY_ATTRIBUTE_PRIVATE, Platform};
+use cvm_memory::memory::Builder;
 use cvm_memory::soft::SoftVm;
+use cvm_memory_sev::commands::{Init, LaunchFinish, LaunchStart, SnpCommands};
+use cvm_memory_sev::launch::Policy;
+use cvm_memory_sev::soft::SoftSnp;
 use cvm_memory_testkit::{Guest, KvmGuest, SoftGuest};
 use kvm_ioctls::Kvm;
 
 use crate::Failure;
-use crate::args::{Args, BackendChoice, SoftVmKind};
+use crate::args::{Args, BackendChoice, PlatformChoice, SoftVmKind};
+use crate::snp_guest::{GHCBS, SnpSoftGuest};
 
 pub enum Backend {
     Soft(SoftVm),
+    Snp(Arc<SoftSnp>),
     Kvm(KvmVm),
 }
 
 impl Backend {
     /// Makes a VM of the kind asked for, and says which on stderr if that was left open.
     pub fn new(args: &Args) -> Result<Self, Failure> {
+        match (args.platform, args.backend) {
+            (Some(PlatformChoice::Snp), BackendChoice::Kvm) => {
+                return Err("--platform snp: only --backend soft has guests of this platform".into());
+            }
+            (Some(PlatformChoice::Snp), _) => {
+                let snp = SoftSnp::new();
+                snp.init(&Init::default())?;
+                return Ok(Self::Snp(Arc::new(snp)));
+            }
+            (None, _) => {}
+        }
         match args.backend {
             BackendChoice::Soft => Ok(Self::soft(args)),
             BackendChoice::Kvm => Ok(Self::Kvm(private_kvm()?)),
@@ -44,9 +61,28 @@ impl Backend {
         })
     }
 
+    /// Describes memory that the guests need for themselves.
+    pub fn extend(&self, builder: Builder, vcpus: u64) -> Builder {
+        match self {
+            Self::Snp(_) => builder.plain_ram(GHCBS, vcpus * PAGE_SIZE),
+            Self::Soft(_) | Self::Kvm(_) => builder,
+        }
+    }
+
+    /// Memory and vCPUs are there: what has to happen before the guest may run. The image is empty: the guest accepts all its
+    /// memory by itself.
+    pub fn launch(&self) -> Result<(), Failure> {
+        if let Self::Snp(snp) = self {
+            snp.launch_start(&LaunchStart { policy: Policy::default().bits(), ..LaunchStart::default() })?;
+            snp.launch_finish(&LaunchFinish::default())?;
+        }
+        Ok(())
+    }
+
     pub const fn name(&self) -> &'static str {
         match self {
             Self::Soft(_) => "soft",
+            Self::Snp(_) => "soft, with a model of the RMP",
             Self::Kvm(_) => "kvm",
         }
     }
@@ -54,6 +90,7 @@ impl Backend {
     pub fn vm(&self) -> Arc<dyn Hypervisor> {
         match self {
             Self::Soft(vm) => Arc::new(vm.clone()),
+            Self::Snp(snp) => Arc::new(snp.vm().clone()),
             Self::Kvm(vm) => Arc::new(vm.clone()),
         }
     }
@@ -62,6 +99,7 @@ impl Backend {
     pub fn guest(&self, id: u64) -> Box<dyn Guest> {
         match self {
             Self::Soft(vm) => Box::new(SoftGuest::new(vm)),
+            Self::Snp(snp) => Box::new(SnpSoftGuest::new(snp, id)),
             Self::Kvm(vm) => Box::new(KvmGuest::new(vm, id)),
         }
     }
@@ -70,6 +108,7 @@ impl Backend {
     pub fn private_gfns(&self) -> Option<Vec<GfnRange>> {
         match self {
             Self::Soft(vm) => Some(vm.private_gfns()),
+            Self::Snp(snp) => Some(snp.vm().private_gfns()),
             Self::Kvm(_) => None,
         }
     }

@@ -13,12 +13,12 @@ pub struct Args {
     /// Who runs the guest; auto takes KVM if it offers private memory.
     #[arg(long, value_enum, default_value_t = BackendChoice::Auto)]
     pub backend: BackendChoice,
-    /// The kind of VM of the software KVM.
-    #[arg(long, value_enum, default_value_t = SoftVmKind::Tagged)]
-    pub soft_vm: SoftVmKind,
-    /// A platform of its own, on its model, in place of --soft-vm.
+    /// A platform whose protocol the guest speaks; the software KVM only.
     #[arg(long, value_enum)]
     pub platform: Option<PlatformChoice>,
+    /// The kind of VM of the software KVM, without a platform.
+    #[arg(long, value_enum, default_value_t = SoftVmKind::Tagged)]
+    pub soft_vm: SoftVmKind,
     /// Guest memory in bytes, with an optional suffix K, M, G or T.
     #[arg(long, default_value = "64M", value_parser = bytes)]
     pub memory: u64,
@@ -62,17 +62,19 @@ pub enum BackendChoice {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PlatformChoice {
+    /// SEV-SNP: a model of the RMP, page state changes by the guest's GHCB page, acceptance.
+    Snp,
+    /// A trust domain: pages have to be accepted, and lose what they held when they are shared.
+    Tdx,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum SoftVmKind {
     /// Each access says if it is private, as in a VM with hardware protection.
     Tagged,
     /// The attribute alone decides, as in KVM's software-protected VMs.
     Protected,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum PlatformChoice {
-    /// A trust domain: pages have to be accepted, and lose what they held when they are shared.
-    Tdx,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -3,10 +3,14 @@
 use std::error::Error;
 use std::sync::Arc;
 
-use cvm_memory::addr::GfnRange;
+use cvm_memory::addr::{GfnRange, PAGE_SIZE};
 use cvm_memory::hypervisor::kvm::KvmVm;
 use cvm_memory::hypervisor::{Cap, Capabilities, Hypervisor, MEMORY_ATTRIBUTE_PRIVATE, Platform};
+use cvm_memory::memory::Builder;
 use cvm_memory::soft::SoftVm;
+use cvm_memory_sev::commands::{Init, LaunchFinish, LaunchStart, SnpCommands};
+use cvm_memory_sev::launch::Policy;
+use cvm_memory_sev::soft::SoftSnp;
 use cvm_memory_tdx::mechanism::TdVm;
 use cvm_memory_tdx::model::SoftTd;
 use cvm_memory_testkit::{Guest, KvmGuest, SoftGuest};
@@ -14,19 +18,30 @@ use kvm_ioctls::Kvm;
 
 use crate::Failure;
 use crate::args::{Args, BackendChoice, PlatformChoice, SoftVmKind};
+use crate::snp_guest::{GHCBS, SnpSoftGuest};
 use crate::td::{self, TdGuest};
 
 pub enum Backend {
     Soft(SoftVm),
     Td(SoftTd),
+    Snp(Arc<SoftSnp>),
     Kvm(KvmVm),
 }
 
 impl Backend {
     /// Makes a VM of the kind asked for, and says which on stderr if that was left open.
     pub fn new(args: &Args) -> Result<Self, Failure> {
-        if let Some(PlatformChoice::Tdx) = args.platform {
-            return Ok(Self::Td(td::new()?));
+        match (args.platform, args.backend) {
+            (Some(PlatformChoice::Snp), BackendChoice::Kvm) => {
+                return Err("--platform snp: only --backend soft has guests of this platform".into());
+            }
+            (Some(PlatformChoice::Snp), _) => {
+                let snp = SoftSnp::new();
+                snp.init(&Init::default())?;
+                return Ok(Self::Snp(Arc::new(snp)));
+            }
+            (Some(PlatformChoice::Tdx), _) => return Ok(Self::Td(td::new()?)),
+            (None, _) => {}
         }
         match args.backend {
             BackendChoice::Soft => Ok(Self::soft(args)),
@@ -51,9 +66,32 @@ impl Backend {
         })
     }
 
+    /// Describes memory that the guests need for themselves.
+    pub fn extend(&self, builder: Builder, vcpus: u64) -> Builder {
+        match self {
+            Self::Snp(_) => builder.plain_ram(GHCBS, vcpus * PAGE_SIZE),
+            Self::Soft(_) | Self::Td(_) | Self::Kvm(_) => builder,
+        }
+    }
+
+    /// Memory and vCPUs are there: what has to happen before the guest may run. The image is empty: the guest accepts all its
+    /// memory by itself.
+    pub fn launch(&self) -> Result<(), Failure> {
+        match self {
+            Self::Snp(snp) => {
+                snp.launch_start(&LaunchStart { policy: Policy::default().bits(), ..LaunchStart::default() })?;
+                snp.launch_finish(&LaunchFinish::default())?;
+            }
+            Self::Td(td) => td.finalize()?,
+            Self::Soft(_) | Self::Kvm(_) => {}
+        }
+        Ok(())
+    }
+
     pub const fn name(&self) -> &'static str {
         match self {
             Self::Soft(_) | Self::Td(_) => "soft",
+            Self::Snp(_) => "soft, with a model of the RMP",
             Self::Kvm(_) => "kvm",
         }
     }
@@ -62,6 +100,7 @@ impl Backend {
         match self {
             Self::Soft(vm) => Arc::new(vm.clone()),
             Self::Td(td) => Arc::new(td.clone()),
+            Self::Snp(snp) => Arc::new(snp.vm().clone()),
             Self::Kvm(vm) => Arc::new(vm.clone()),
         }
     }
@@ -71,15 +110,8 @@ impl Backend {
         match self {
             Self::Soft(vm) => Box::new(SoftGuest::new(vm)),
             Self::Td(td) => Box::new(TdGuest::new(td)),
+            Self::Snp(snp) => Box::new(SnpSoftGuest::new(snp, id)),
             Self::Kvm(vm) => Box::new(KvmGuest::new(vm, id)),
-        }
-    }
-
-    /// All vCPUs and all memory are there: the guest may run.
-    pub fn finalize(&self) -> Result<(), Failure> {
-        match self {
-            Self::Td(td) => Ok(td.finalize()?),
-            Self::Soft(_) | Self::Kvm(_) => Ok(()),
         }
     }
 
@@ -93,6 +125,7 @@ impl Backend {
         match self {
             Self::Soft(vm) => Some(vm.private_gfns()),
             Self::Td(td) => Some(td.vm().private_gfns()),
+            Self::Snp(snp) => Some(snp.vm().private_gfns()),
             Self::Kvm(_) => None,
         }
     }

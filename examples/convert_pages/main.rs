@@ -16,6 +16,7 @@ mod devices;
 mod model;
 mod ram;
 mod report;
+mod snp_guest;
 mod td;
 mod worker;
 mod workload;
@@ -70,7 +71,7 @@ fn run(args: &Args) -> Result<Report, Failure> {
     memory.add_listener(&listener)?;
     let mut workers =
         worker::crew(args, &Surroundings { backend: &backend, memory: &memory, ram: &ram, devices: &devices })?;
-    backend.finalize()?;
+    backend.launch()?;
     if args.prefault {
         let mut vcpus: Vec<&mut dyn Vcpu> = workers.iter_mut().map(|worker| worker.cpu.vcpu()).collect();
         let options = PrefaultOptions::default();
@@ -101,7 +102,7 @@ fn build(args: &Args, backend: &Backend, ram: &Ram) -> Result<CvmMemory, Failure
     for spec in ram.specs() {
         builder = builder.slot(spec);
     }
-    Ok(builder.build(backend.vm())?)
+    Ok(backend.extend(builder, args.vcpus.into()).build(backend.vm())?)
 }
 
 /// A vCPU, and what handles its exits.
@@ -122,7 +123,11 @@ impl Cpu {
         self.guest.start(op);
         loop {
             let mut exit = match self.guest.run() {
-                Ok(Exit::Halt) => return self.guest.result().ok_or_else(|| "halted without a result".into()),
+                Ok(Exit::Halt) => match self.guest.result() {
+                    Some(outcome) => return Ok(outcome),
+                    // A guest that takes several steps halts after each.
+                    None => continue,
+                },
                 Ok(exit) => exit,
                 Err(Errno::EINTR | Errno::EAGAIN) => continue,
                 Err(errno) => return Err(format!("KVM_RUN: {errno}").into()),

@@ -57,6 +57,11 @@ impl Ram {
         })
     }
 
+    /// Where memory starts.
+    pub const fn start(&self) -> Gfn {
+        Gfn::containing(BASE)
+    }
+
     pub fn slots(&self) -> impl Iterator<Item = GfnRange> {
         self.slots.iter().map(|slot| slot.gfns)
     }
@@ -172,9 +177,11 @@ impl Area {
             let from = first.max(number);
             let to = (first + pages).min(number + gfns.pages());
             let start = gfns.start().checked_add(from - number);
-            if let (true, Some(Ok(gfns)), Ok(first)) =
-                (from < to, start.map(|start| GfnRange::with_len(start, to - from)), usize::try_from(from))
-            {
+            if let (true, Some(Ok(gfns)), Ok(first)) = (
+                from < to,
+                start.map(|start| GfnRange::with_len(start, to.saturating_sub(from))),
+                usize::try_from(from),
+            ) {
                 windows.push(Window { first, gfns });
             }
             number += gfns.pages();

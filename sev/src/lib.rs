@@ -18,7 +18,8 @@
 //!
 //! # What has run where
 //! The launch digest is held against digests that other programs compute for the same images. Launches were run on Linux 7.3's
-//! own KVM over emulated firmware and an emulated RMP (the repository's `tests/lab`), whose digests are the predicted ones.
+//! own KVM over emulated firmware and an emulated RMP (the repository's `tests/lab`), whose digests are the predicted ones; so
+//! were small guests, whose page state changes, acceptance and shared accesses came out as here. All else ran on the model.
 //! Nothing here has run on hardware with SEV-SNP.
 #![cfg_attr(
     not(test),

@@ -134,6 +134,10 @@ fn what_is_done_is_skipped_and_what_is_begun_is_gone_on_with() {
     // The hint still says 2 MiB, though what is left is not aligned to that; the next entry goes by itself.
     assert_eq!(found, [(1012, 12, true), (1024, 512, true)]);
     assert_eq!((end, memory.entry(1).cur_page), (0, 512));
+    // Not even with one of 2 MiB that stands where the 4 KiB pages end, which there cannot be.
+    let entries = [begun, private(524, true)];
+    let (exits, end, _) = work(all(&entries), &entries, 0);
+    assert_eq!((exits.len(), exits[0].pages, end), (1, 12, 0x1_0000_0002));
     let everything = [done, Entry { cur_page: 512, ..private(512, true) }];
     assert_eq!(work(all(&everything), &everything, 0).0, []);
     // From the middle, and from behind the end.

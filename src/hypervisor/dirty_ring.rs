@@ -49,14 +49,14 @@ impl DirtyGfn {
     }
 
     /// KVM's part: it was empty and is dirty now.
-    pub(crate) fn set_dirty(&self, slot: u32, offset: u64) {
+    pub fn set_dirty(&self, slot: u32, offset: u64) {
         self.slot.store(slot, Ordering::Relaxed);
         self.offset.store(offset, Ordering::Relaxed);
         self.flags.store(Self::DIRTY, Ordering::Release);
     }
 
     /// KVM's part: it was harvested and is empty now.
-    pub(crate) fn set_empty(&self) {
+    pub fn set_empty(&self) {
         self.flags.store(0, Ordering::Release);
     }
 }

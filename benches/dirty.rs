@@ -1,0 +1,246 @@
+//! Dirty bitmaps and rings beside their peers, interleaved in one run, judged by ratios and not by times.
+//!
+//! `cargo bench --bench dirty`; with `CVM_BENCH_GATE=1`, a ratio that is missed fails the run. Every bitmap is of 1 TiB and has
+//! had every page of it written: memory that was never touched is all the same page of zeros, which flatters whoever scans it.
+#![allow(unsafe_code, reason = "a hypervisor of which only the reset is of use has the unsafe method too")]
+
+use std::collections::BTreeMap;
+use std::hint::black_box;
+use std::num::NonZeroUsize;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use cvm_memory::addr::{FilePage, FileRange};
+use cvm_memory::dirty::{DirtyBitmap, DirtyRings, Owners};
+use cvm_memory::gmem::GuestMemfd;
+use cvm_memory::hypervisor::{Cap, DirtyGfn, DirtyRingMemory, Hypervisor, MemoryAttributes, MemoryRegion, Platform};
+use cvm_memory::layout::SlotId;
+use nix::errno::Errno;
+use roaring::RoaringBitmap;
+use vm_memory::bitmap::{AtomicBitmap, Bitmap};
+
+const PAGES: u64 = 1 << 28;
+const ENTRIES: u64 = 65536;
+
+fn random(state: &mut u64) -> u64 {
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    *state ^= *state << 17;
+    *state
+}
+
+fn run(start: u64, end: u64) -> FileRange {
+    FileRange::new(FilePage::new(start).unwrap(), FilePage::new(end).unwrap()).unwrap()
+}
+
+/// What takes turns, and how long each took, in each round.
+#[derive(Default)]
+struct Times(BTreeMap<&'static str, Vec<f64>>);
+
+impl Times {
+    fn time<T>(&mut self, name: &'static str, act: impl FnOnce() -> T) -> T {
+        let start = Instant::now();
+        let result = black_box(act());
+        self.0.entry(name).or_default().push(start.elapsed().as_secs_f64());
+        result
+    }
+
+    /// Median over the rounds of one by the other.
+    fn ratio(&self, a: &str, b: &str) -> f64 {
+        let mut ratios: Vec<f64> = self.0[a].iter().zip(&self.0[b]).map(|(a, b)| a / b).collect();
+        ratios.sort_by(f64::total_cmp);
+        ratios[ratios.len() / 2]
+    }
+
+    /// Prints them, and whether `ours` takes at most so many times as long as `peer`.
+    fn report(&self, group: &str, ours: &str, peer: &str, most: f64) -> bool {
+        println!("\n{group:<26} {:>12} {:>14}", "us (best)", format!("x {peer}"));
+        for (name, times) in &self.0 {
+            let best = times.iter().copied().fold(f64::INFINITY, f64::min) * 1e6;
+            println!("  {name:<24} {best:>12.1} {:>14.4}", self.ratio(name, peer));
+        }
+        let ratio = self.ratio(ours, peer);
+        let held = ratio <= most;
+        println!("  gate {}: {ours} / {peer} = {ratio:.4}, at most {most}", if held { "held" } else { "MISSED" });
+        held
+    }
+}
+
+struct Bitmaps {
+    ours: DirtyBitmap,
+    flat: Vec<AtomicU64>,
+    vm_memory: AtomicBitmap,
+    roaring: RoaringBitmap,
+}
+
+impl Bitmaps {
+    fn new() -> Self {
+        let ours = DirtyBitmap::new(PAGES).unwrap();
+        ours.set(run(0, PAGES));
+        ours.clear();
+        let flat: Vec<AtomicU64> = (0..PAGES / 64).map(|_| AtomicU64::new(u64::MAX)).collect();
+        flat.iter().for_each(|word| word.store(0, Ordering::Relaxed));
+        let page = NonZeroUsize::new(4096).unwrap();
+        let vm_memory = AtomicBitmap::new(usize::try_from(PAGES).unwrap() * 4096, page);
+        vm_memory.set_addr_range(0, usize::try_from(PAGES).unwrap() * 4096);
+        vm_memory.get_and_reset();
+        Self { ours, flat, vm_memory, roaring: RoaringBitmap::new() }
+    }
+
+    fn set(&mut self, page: u64) {
+        self.ours.set(run(page, page + 1));
+        self.flat[usize::try_from(page / 64).unwrap()].fetch_or(1 << (page % 64), Ordering::Relaxed);
+        self.vm_memory.mark_dirty(usize::try_from(page).unwrap() * 4096, 1);
+        self.roaring.insert(u32::try_from(page).unwrap());
+    }
+
+    /// Every dirty page, as whoever has nothing but words finds them.
+    fn scan(&self) -> u64 {
+        let mut sum = 0_u64;
+        for (at, word) in (0_u64..).zip(&self.flat) {
+            let mut bits = word.load(Ordering::Relaxed);
+            while bits != 0 {
+                sum = sum.wrapping_add(at * 64 + u64::from(bits.trailing_zeros()));
+                bits &= bits - 1;
+            }
+        }
+        sum
+    }
+
+    fn iterate(&self, times: &mut Times) {
+        let ours = times.time("cvm-memory", || self.ours.runs().flat_map(|run| run.iter()).map(FilePage::get).sum());
+        let flat = times.time("u64 scan", || self.scan());
+        let roaring = times.time("roaring", || self.roaring.iter().map(u64::from).sum());
+        assert_eq!([ours, flat], [flat, roaring]);
+    }
+
+    /// Takes everything out of ours and vm-memory's. As many pages as there were, by either.
+    fn take(&self, times: &mut Times, pages: u64) {
+        let ours: u64 = times.time("cvm-memory", || self.ours.take().map(|run| run.pages()).sum());
+        let words = times.time("vm-memory", || self.vm_memory.get_and_reset());
+        assert_eq!(ours, pages);
+        assert_eq!(words.iter().map(|word| u64::from(word.count_ones())).sum::<u64>(), pages);
+    }
+
+    fn clear(&mut self) {
+        self.ours.clear();
+        self.flat.iter().for_each(|word| word.store(0, Ordering::Relaxed));
+        self.vm_memory.get_and_reset();
+        self.roaring.clear();
+    }
+}
+
+#[derive(Debug, Clone)]
+struct Memory(Arc<[DirtyGfn]>);
+
+impl DirtyRingMemory for Memory {
+    fn entries(&self) -> &[DirtyGfn] {
+        &self.0
+    }
+}
+
+/// Takes back all entries of one ring.
+#[derive(Debug)]
+struct Kernel(Memory);
+
+impl Hypervisor for Kernel {
+    fn platform(&self) -> Platform {
+        Platform::DEFAULT
+    }
+    fn check_extension(&self, _: Cap) -> u64 {
+        0
+    }
+    fn enable_cap(&self, _: Cap, _: [u64; 4]) -> Result<(), Errno> {
+        Err(Errno::EINVAL)
+    }
+    fn create_guest_memfd(&self, _: u64, _: u64) -> Result<GuestMemfd, Errno> {
+        Err(Errno::EINVAL)
+    }
+    unsafe fn set_user_memory_region2(&self, _: &MemoryRegion) -> Result<(), Errno> {
+        Err(Errno::EINVAL)
+    }
+    fn set_memory_attributes(&self, _: &MemoryAttributes) -> Result<(), Errno> {
+        Err(Errno::EINVAL)
+    }
+
+    fn reset_dirty_rings(&self) -> Result<u64, Errno> {
+        self.0.0.iter().for_each(DirtyGfn::set_empty);
+        Ok(ENTRIES)
+    }
+}
+
+struct OneSlot;
+
+impl Owners for OneSlot {
+    fn owner(&self, slot: SlotId) -> Option<(u64, u64)> {
+        (slot.id == 1).then_some((1, PAGES))
+    }
+}
+
+/// A full ring, drained to runs and merely counted.
+fn drain(rounds: u64, run_length: u64) -> Times {
+    let memory = Memory((0..ENTRIES).map(|_| DirtyGfn::default()).collect());
+    let kernel = Kernel(memory.clone());
+    let mut rings = DirtyRings::new();
+    rings.add(Box::new(memory.clone()));
+    let (mut times, mut seed) = (Times::default(), 7);
+    for _ in 0..rounds {
+        let mut pages = Vec::new();
+        while (pages.len() as u64) < ENTRIES {
+            let first = random(&mut seed) % (PAGES - run_length);
+            pages.extend(first..first + run_length);
+        }
+        let fill = || memory.0.iter().zip(&pages).for_each(|(entry, page)| entry.set_dirty(1, *page));
+        fill();
+        let counted = times.time("count only", || {
+            let mut count = 0_u64;
+            for entry in memory.0.iter() {
+                if entry.flags() != DirtyGfn::DIRTY {
+                    break;
+                }
+                entry.set_harvested();
+                count += 1;
+            }
+            count
+        });
+        assert_eq!(counted, ENTRIES);
+        fill();
+        let harvest = times.time("to runs", || rings.harvest(&OneSlot));
+        let harvested = harvest.reset(&kernel).unwrap();
+        assert_eq!(harvested.runs.iter().map(|run| run.pages).sum::<u64>(), ENTRIES);
+    }
+    times
+}
+
+fn main() -> ExitCode {
+    let quick = std::env::args().any(|arg| arg == "--quick" || arg == "--test");
+    let rounds = if quick { 2 } else { 21 };
+    let mut held = true;
+    let mut bitmaps = Bitmaps::new();
+    let mut seed = 3;
+    for (name, dirty, most) in [("iterate, nothing dirty", 0, 0.02), ("iterate, 1e-4 dirty", PAGES / 10_000, 0.5)] {
+        bitmaps.clear();
+        (0..dirty).for_each(|_| bitmaps.set(random(&mut seed) % PAGES));
+        let mut times = Times::default();
+        (0..rounds).for_each(|_| bitmaps.iterate(&mut times));
+        held &= times.report(name, "cvm-memory", "u64 scan", most);
+    }
+    for (name, dirty) in [("take, nothing dirty", 0), ("take, 1e-4 dirty", PAGES / 10_000)] {
+        let mut times = Times::default();
+        for _ in 0..rounds {
+            bitmaps.clear();
+            (0..dirty).for_each(|_| bitmaps.set(random(&mut seed) % PAGES));
+            let pages = bitmaps.roaring.len();
+            bitmaps.take(&mut times, pages);
+        }
+        held &= times.report(name, "cvm-memory", "vm-memory", 0.25);
+    }
+    for (name, run_length, most) in [("drain a ring, random", 1, 1.9), ("drain a ring, runs of 32", 32, 1.2)] {
+        held &= drain(rounds * 5, run_length).report(name, "to runs", "count only", most);
+    }
+    // A quick run is too short to judge.
+    let strict = !quick && std::env::var("CVM_BENCH_GATE").is_ok_and(|value| value == "1");
+    if strict && !held { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+}

@@ -409,7 +409,9 @@ impl Tracker {
         }
         // Nothing of theirs is on its way any more.
         retired.clear();
-        Ok(SyncReport { pages, stray: rings.take_stray(), overrun: harvested.overrun })
+        let overrun = harvested.overrun;
+        rings.recycle(harvested);
+        Ok(SyncReport { pages, stray: rings.take_stray(), overrun })
     }
 
     /// A log into a bitmap: how many pages, and whether that is all.

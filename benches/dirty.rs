@@ -2,6 +2,7 @@
 //!
 //! `cargo bench --bench dirty`; with `CVM_BENCH_GATE=1`, a ratio that is missed fails the run. Every bitmap is of 1 TiB and has
 //! had every page of it written: memory that was never touched is all the same page of zeros, which flatters whoever scans it.
+#![allow(missing_docs, reason = "a program")]
 #![allow(unsafe_code, reason = "a hypervisor of which only the reset is of use has the unsafe method too")]
 
 use std::collections::BTreeMap;

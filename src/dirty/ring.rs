@@ -148,7 +148,7 @@ struct Ring {
     fetch: u32,
 }
 
-/// The rings of all vCPUs of a VM. See the [module](self).
+/// The rings of all vCPUs of a VM. What is read from them can be had after a reset only.
 #[derive(Default)]
 pub struct DirtyRings {
     rings: Vec<Ring>,

@@ -194,7 +194,7 @@ impl Owners for BTreeMap<SlotId, Tracked> {
     }
 }
 
-/// Finds out which pages were written. See the [module](self).
+/// Finds out which pages were written. A page is in a bitmap only after KVM protects it again.
 ///
 /// Every method may be called by any thread; they wait for each other.
 pub struct Tracker {

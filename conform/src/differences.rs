@@ -5,10 +5,10 @@
 use std::os::fd::{AsFd, AsRawFd};
 
 use cvm_memory::hypervisor::{Cap, Exit, Hypervisor, MemoryAttributes, MemoryRegion};
+use cvm_memory_testkit::kvm_guest::is_emulated;
 use cvm_memory_testkit::{Guest, GuestOp};
 use nix::errno::Errno;
 
-use crate::live::is_emulated;
 use crate::observation::Observation;
 use crate::scenario::Operation;
 

@@ -5,7 +5,6 @@ pub(crate) mod guests;
 pub mod kvm;
 mod soft;
 
-use std::arch::x86_64::__cpuid;
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
@@ -188,10 +187,4 @@ impl Machine for Live {
 fn fallocate(file: &GuestMemfd, mode: u32, offset: u64, len: u64) -> Result<(), Errno> {
     let mode = FallocateFlags::from_bits_retain(mode.cast_signed());
     file.ops().fallocate(mode, offset.cast_signed(), len.cast_signed())
-}
-
-/// Whether this processor is QEMU's.
-pub(crate) fn is_emulated() -> bool {
-    let leaf = __cpuid(0x4000_0000);
-    [leaf.ebx, leaf.ecx, leaf.edx].map(u32::to_le_bytes).concat() == b"TCGTCGTCGTCG"
 }

@@ -6,10 +6,10 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use cvm_memory_testkit::kvm_guest::SPURIOUS;
 use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::{Config, RngAlgorithm, TestError, TestRng, TestRunner};
 
-use crate::live::guests::SPURIOUS;
 use crate::machine::Shape;
 use crate::play::{Difference, Played};
 use crate::random;

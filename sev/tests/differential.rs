@@ -119,7 +119,8 @@ impl Drop for Files {
 
 /// Sections as OVMF could have them: the pages of one kind are single, memory has any size, zero included.
 fn section() -> impl Strategy<Value = [u32; 3]> {
-    (0..0x8_0000_u32, 0..8_u32, prop_oneof![Just(1_u32), Just(2), Just(3), Just(4), Just(0x10)]).prop_map(
+    // Not at address zero: that is how a table says that it is nowhere.
+    (1..0x8_0000_u32, 0..8_u32, prop_oneof![Just(1_u32), Just(2), Just(3), Just(4), Just(0x10)]).prop_map(
         |(gfn, pages, kind)| {
             let pages = if kind == 1 { pages } else { 1 };
             [gfn << 12, pages << 12, kind]

@@ -29,7 +29,7 @@ const LINE: usize = 8;
 const LINE: usize = 2;
 const PAGES_PER_LINE: u64 = BITS * LINE as u64;
 
-/// The written pages of one backing. See the [module](self).
+/// The written pages of one backing. Any number of threads may set, take and look at once.
 ///
 /// ```
 /// use cvm_memory::addr::{FilePage, FileRange};

@@ -148,7 +148,7 @@ struct Ring {
     fetch: u32,
 }
 
-/// The rings of all vCPUs of a VM. See the [module](self).
+/// The rings of all vCPUs of a VM. What is read from them can be had after a reset only.
 #[derive(Default)]
 pub struct DirtyRings {
     rings: Vec<Ring>,
@@ -192,26 +192,31 @@ impl DirtyRings {
         self.stray.take()
     }
 
+    /// Takes the memory of what came out of the rings for what comes next. Without that, every harvest has to ask for its own.
+    pub fn recycle(&mut self, harvested: Harvested) {
+        let mut runs = harvested.runs;
+        if self.pending.runs.is_empty() && self.pending.runs.capacity() < runs.capacity() {
+            runs.clear();
+            self.pending.runs = runs;
+        }
+    }
+
     /// Reads what is in all rings. Together with whatever was read before and not reset.
     pub fn harvest(&mut self, owners: &impl Owners) -> Harvest<'_> {
         let Self { rings, outstanding, pending, stray, stats } = self;
         for ring in rings {
-            let mut known = Known { slot: None, owner: None };
-            let mut run: Option<OwnerRun> = None;
+            let mut open = Open::default();
             let count = harvest_entries(ring.memory.entries(), &mut ring.fetch, |slot, page| {
-                let Some((owner, _)) = known.owner(owners, slot).filter(|(_, pages)| page < *pages) else {
+                if open.goes_on(slot, page) {
+                    return;
+                }
+                pending.runs.extend(open.close());
+                if !open.start(owners, slot, page) {
                     stats.strays = stats.strays.saturating_add(1);
                     stray.get_or_insert(Stray { slot: SlotId::from_raw(slot), page });
-                    return;
-                };
-                match &mut run {
-                    Some(run) if run.owner == owner && run.first.wrapping_add(run.pages) == page => {
-                        run.pages = run.pages.saturating_add(1);
-                    }
-                    run => pending.runs.extend(run.replace(OwnerRun { owner, first: page, pages: 1 })),
                 }
             });
-            pending.runs.extend(run);
+            pending.runs.extend(open.close());
             if usize::try_from(count).is_ok_and(|count| count == ring.memory.entries().len()) {
                 pending.overrun = true;
                 stats.overruns = stats.overruns.saturating_add(1);
@@ -255,19 +260,46 @@ impl fmt::Debug for DirtyRings {
     }
 }
 
-/// The owner that was asked for last: entries of a slot come in rows.
-struct Known {
-    slot: Option<u32>,
-    owner: Option<(u64, u64)>,
+/// A run that may go on, and the owner that was asked for last: entries of a slot come in rows.
+#[derive(Default)]
+struct Open {
+    slot: u32,
+    owner: u64,
+    /// Pages of the owner; zero for none.
+    limit: u64,
+    first: u64,
+    end: u64,
 }
 
-impl Known {
+impl Open {
+    /// Whether the page is the next of the run, which it is part of then.
     #[inline]
-    fn owner(&mut self, owners: &impl Owners, slot: u32) -> Option<(u64, u64)> {
-        if self.slot != Some(slot) {
-            *self = Self { slot: Some(slot), owner: owners.owner(SlotId::from_raw(slot)) };
+    fn goes_on(&mut self, slot: u32, page: u64) -> bool {
+        let next = slot == self.slot && page == self.end && page < self.limit && self.first < page;
+        self.end = self.end.wrapping_add(u64::from(next));
+        next
+    }
+
+    #[inline]
+    const fn close(&mut self) -> Option<OwnerRun> {
+        let pages = self.end.saturating_sub(self.first);
+        let run = OwnerRun { owner: self.owner, first: self.first, pages };
+        self.end = self.first;
+        if pages == 0 { None } else { Some(run) }
+    }
+
+    /// Starts a run with that page, if there is such a page.
+    #[inline]
+    fn start(&mut self, owners: &impl Owners, slot: u32, page: u64) -> bool {
+        if slot != self.slot || self.limit == 0 {
+            let (owner, limit) = owners.owner(SlotId::from_raw(slot)).unwrap_or((0, 0));
+            *self = Self { slot, owner, limit, first: 0, end: 0 };
         }
-        self.owner
+        if page >= self.limit {
+            return false;
+        }
+        (self.first, self.end) = (page, page.saturating_add(1));
+        true
     }
 }
 

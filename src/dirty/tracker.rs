@@ -194,7 +194,7 @@ impl Owners for BTreeMap<SlotId, Tracked> {
     }
 }
 
-/// Finds out which pages were written. See the [module](self).
+/// Finds out which pages were written. A page is in a bitmap only after KVM protects it again.
 ///
 /// Every method may be called by any thread; they wait for each other.
 pub struct Tracker {
@@ -409,7 +409,9 @@ impl Tracker {
         }
         // Nothing of theirs is on its way any more.
         retired.clear();
-        Ok(SyncReport { pages, stray: rings.take_stray(), overrun: harvested.overrun })
+        let overrun = harvested.overrun;
+        rings.recycle(harvested);
+        Ok(SyncReport { pages, stray: rings.take_stray(), overrun })
     }
 
     /// A log into a bitmap: how many pages, and whether that is all.

@@ -1,21 +1,15 @@
 //! What a guest does for an operation, and what is seen of it.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
 use cvm_memory::hypervisor::{Exit, HypercallExit, Mmio};
 use cvm_memory_testkit::{Guest, GuestOp, Outcome};
 use nix::errno::Errno;
 
-use super::is_emulated;
 use crate::observation::{End, Observation, Seen};
 use crate::scenario::{MMIO_BYTE, Operation};
 
 /// Exits of one instruction, at most. Two pages, and twice eight bytes each, are far below.
 const MANY: usize = 64;
 const PAGE: u64 = 4096;
-
-/// How often an emulated processor raised an exception for no reason.
-pub static SPURIOUS: AtomicU64 = AtomicU64::new(0);
 
 /// Carries out an operation of a guest.
 pub(crate) fn play(guest: &mut dyn Guest, operation: &Operation) -> Observation {
@@ -82,21 +76,9 @@ fn dump(guest: &mut dyn Guest, gpa: u64) -> End {
     }
 }
 
-/// Runs `op` to its end. An exception that a guest has no reason for is the processor's mistake, where it is emulated.
+/// Runs `op` to its end. MMIO and hypercalls are answered; everything else ends it.
 fn run(guest: &mut dyn Guest, op: &GuestOp, seen: &mut Vec<Seen>, answer: u64) -> End {
-    for _ in 0..3 {
-        let before = seen.len();
-        match run_once(guest, op.clone(), seen, answer) {
-            End::Shutdown if is_emulated() && seen.len() == before => SPURIOUS.fetch_add(1, Ordering::Relaxed),
-            end => return end,
-        };
-    }
-    End::Shutdown
-}
-
-/// MMIO and hypercalls are answered; everything else ends it.
-fn run_once(guest: &mut dyn Guest, op: GuestOp, seen: &mut Vec<Seen>, answer: u64) -> End {
-    guest.start(op);
+    guest.start(op.clone());
     for _ in 0..MANY {
         match guest.run() {
             Ok(Exit::Halt) => {

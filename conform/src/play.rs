@@ -6,7 +6,7 @@ use crate::differences::Differences;
 use crate::guard;
 use crate::machine::{Machine, Shape};
 use crate::observation::Observation;
-use crate::scenario::{AREA_BYTES, Area, Hva, Operation, Scenario};
+use crate::scenario::{AREA_BYTES, Area, Hva, Kind, Operation, Scenario};
 
 /// The first operation that the machines disagree about, or that does not come to what the scenario expects.
 #[derive(Debug)]
@@ -32,8 +32,10 @@ impl fmt::Display for Difference {
 /// What playing came to.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Played {
-    /// Operations that were carried out.
+    /// Operations of scenarios that were carried out.
     pub operations: u64,
+    /// Operations that read all memory at the end.
+    pub readings: u64,
     /// Operations that were not, because of [`guard`].
     pub skipped: u64,
     /// Observations that were equal only after a named difference between kernels was allowed for.
@@ -69,7 +71,11 @@ pub fn play(
             played.skipped += 1;
             continue;
         }
-        played.operations += 1;
+        if step < scenario.steps.len() {
+            played.operations += 1;
+        } else {
+            played.readings += 1;
+        }
         let mut seen: Vec<(&'static str, Observation)> = Vec::new();
         for machine in machines.iter_mut() {
             if trace {
@@ -94,7 +100,8 @@ pub fn play(
     Ok(played)
 }
 
-/// Reads all memory that the scenario may have changed: by guests, of both kinds where accesses say so, and by this process.
+/// Reads all memory that the scenario may have changed and that somebody can reach: by guests, both sides of every page, and
+/// by this process. Of ranges of many pages, the first.
 fn contents(scenario: &Scenario, shape: Shape) -> Vec<Operation> {
     const PAGE: u64 = 4096;
     let mut pages = std::collections::BTreeSet::new();
@@ -128,17 +135,33 @@ fn contents(scenario: &Scenario, shape: Shape) -> Vec<Operation> {
             pages.extend(first..=last.min(first.saturating_add(MANY)));
         }
     }
-    let kinds: &[bool] = if shape.kind == crate::scenario::Kind::Tagged { &[true, false] } else { &[false] };
+    let readable = |page: &u64| {
+        let dump = Operation::Dump { vcpu: 0, gpa: page.saturating_mul(PAGE), pages: 1, private: false };
+        guard::refuse(shape, &dump).is_none()
+    };
+    let pages: Vec<u64> = pages.into_iter().filter(readable).collect();
+    let runs: Vec<(u64, u64)> =
+        pages.chunk_by(|a, b| a + 1 == *b).map(|run| (run[0].saturating_mul(PAGE), run.len() as u64)).collect();
     let mut operations = Vec::new();
-    let pages: Vec<u64> = pages.into_iter().collect();
-    for run in pages.chunk_by(|a, b| a + 1 == *b) {
-        for private in kinds {
-            operations.push(Operation::Dump {
-                vcpu: 0,
-                gpa: run[0].saturating_mul(PAGE),
-                pages: run.len() as u64,
-                private: *private,
-            });
+    let dump =
+        |private| move |(gpa, pages): &(u64, u64)| Operation::Dump { vcpu: 0, gpa: *gpa, pages: *pages, private };
+    match shape.kind {
+        Kind::Default => operations.extend(runs.iter().map(dump(false))),
+        // Of what accesses say, the other kind is a fault.
+        Kind::Tagged => operations.extend(runs.iter().map(dump(true)).chain(runs.iter().map(dump(false)))),
+        // Both sides of every page: as the scenario left it, and with the attribute turned over, twice.
+        Kind::Protected => {
+            operations.extend(runs.iter().map(dump(false)));
+            for attributes in [8, 0] {
+                let convert = |(gpa, pages): &(u64, u64)| Operation::Attributes {
+                    gpa: *gpa,
+                    size: pages * PAGE,
+                    attributes,
+                    flags: 0,
+                };
+                operations.extend(runs.iter().map(convert));
+                operations.extend(runs.iter().map(dump(false)));
+            }
         }
     }
     operations.extend(areas.into_iter().map(|(area, len)| Operation::HostRead { at: Hva::In(area, 0), len }));

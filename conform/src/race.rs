@@ -16,6 +16,7 @@ use std::fmt;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use nix::errno::Errno;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::select;
@@ -25,7 +26,7 @@ use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 use crate::live::{Live, guests};
 use crate::machine::Machine;
 use crate::observation::{End, Observation, Seen as Exits};
-use crate::scenario::{Area, Descriptor, File, Hva, Kind, Operation};
+use crate::scenario::{Area, Descriptor, File, Hva, Kind, MMIO_BYTE, Operation};
 use order::{Timed, explain};
 use page::{Access, Change, Page, Saw};
 
@@ -201,6 +202,7 @@ impl Race {
 /// One instruction of a guest, in the middle of a page.
 fn act(guest: &mut dyn cvm_memory_testkit::Guest, page: u64, access: Access) -> Saw {
     let gpa = BASE + page * PAGE + 8;
+    let written = if let Access::Store(value) = access { value.to_le_bytes() } else { [0; 8] };
     let operation = match access {
         Access::Load => Operation::Load { vcpu: 0, gpa, len: 8, private: false },
         Access::Store(value) => Operation::Store { vcpu: 0, gpa, len: 8, value, private: false },
@@ -209,9 +211,11 @@ fn act(guest: &mut dyn cvm_memory_testkit::Guest, page: u64, access: Access) -> 
     match (seen.as_slice(), &end) {
         ([], End::Done) => Saw::Stored,
         ([], End::Data(data)) => Saw::Loaded(u64::from_le_bytes(data.as_slice().try_into().expect("8 bytes"))),
-        ([], End::Fault { flags, gpa: at, size, .. }) if (*at, *size) == (gpa - 8, PAGE) => Saw::Fault(*flags),
-        ([Exits::MmioRead { gpa: at, len: 8 }], End::Data(_)) if *at == gpa => Saw::Mmio,
-        ([Exits::MmioWrite { gpa: at, data }], End::Done) if *at == gpa && data.len() == 8 => Saw::Mmio,
+        ([], End::Fault { errno: Errno::EFAULT, flags, gpa: at, size }) if (*at, *size) == (gpa - 8, PAGE) => {
+            Saw::Fault(*flags)
+        }
+        ([Exits::MmioRead { gpa: at, len: 8 }], End::Data(data)) if *at == gpa && *data == [MMIO_BYTE; 8] => Saw::Mmio,
+        ([Exits::MmioWrite { gpa: at, data }], End::Done) if *at == gpa && *data == written => Saw::Mmio,
         _ => Saw::Other(Observation::Guest { seen, end }.to_string()),
     }
 }

@@ -71,6 +71,7 @@ impl Tally {
             "kind": format!("{kind:?}"),
             "scenarios": self.scenarios,
             "operations": self.played.operations,
+            "readings": self.played.readings,
             "not_played": self.played.skipped,
             "explained": self.played.explained,
             "outcomes": outcomes.collect::<Vec<_>>(),
@@ -80,10 +81,11 @@ impl Tally {
 
 impl fmt::Display for Tally {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Played { operations, skipped, explained } = self.played;
+        let Played { operations, readings, skipped, explained } = self.played;
         writeln!(
             out,
-            "{} scenarios, {operations} operations, {skipped} not played, {explained} explained by a known difference",
+            "{} scenarios, {operations} operations and {readings} readings at their ends, {skipped} not played, {explained} explained by \
+             a known difference",
             self.scenarios
         )?;
         let spurious = SPURIOUS.load(Ordering::Relaxed);
@@ -157,6 +159,7 @@ pub fn run(plan: Plan, shape: Shape, play: &Play<'_>, progress: &(dyn Fn(u64) + 
                 Ok(played) => {
                     tally.scenarios += 1;
                     tally.played.operations += played.operations;
+                    tally.played.readings += played.readings;
                     tally.played.skipped += played.skipped;
                     tally.played.explained += played.explained;
                     progress(done.fetch_add(1, Ordering::Relaxed) + 1);
@@ -217,6 +220,7 @@ impl Tally {
     fn add(&mut self, other: &Self) {
         self.scenarios += other.scenarios;
         self.played.operations += other.played.operations;
+        self.played.readings += other.played.readings;
         self.played.skipped += other.played.skipped;
         self.played.explained += other.played.explained;
         for (key, count) in &other.outcomes {

@@ -43,6 +43,9 @@ pub(super) fn explain(page: Page, changes: &[Timed<Change>], accesses: &[Timed<(
         }
         // Not if a change was over before this began.
         if changes.get(changed).is_none_or(|change| next_access.begin < change.end) {
+            if let (false, Some(page)) = (emulating, page.mapped()) {
+                open.push((changed, accessed, false, page));
+            }
             let (access, saw) = &next_access.what;
             let mut page = page;
             let next = if emulating { Next::Saw(page.emulate(*access)) } else { page.begin(*access) };

@@ -99,6 +99,16 @@ impl Page {
         Next::Saw(reach(at, access))
     }
 
+    /// The page as an access leaves it that has mapped it and is to be made again: what it was mapped to has gone meanwhile.
+    pub(super) const fn mapped(mut self) -> Option<Self> {
+        let shared = !(self.by_attribute && self.private);
+        if self.slot && shared && self.mmio.is_some() {
+            self.mmio = None;
+            return Some(self);
+        }
+        None
+    }
+
     /// The emulator reaches memory by its address in this process, if there is a slot.
     pub(super) fn emulate(&mut self, access: Access) -> Saw {
         if self.slot { reach(&mut self.memory, access) } else { Saw::Mmio }

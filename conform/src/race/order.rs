@@ -4,7 +4,7 @@
 use std::collections::HashSet;
 use std::fmt::Write as _;
 
-use super::page::{Access, Change, Next, Page, Saw};
+use super::page::{Access, Change, Next, Page, Saw, Stage, Step};
 
 /// Something that happened, and when: it took effect after `begin` and before `end`.
 #[derive(Debug, Clone)]
@@ -14,19 +14,23 @@ pub(super) struct Timed<T> {
     pub(super) end: u64,
 }
 
-/// How far an order has come: so many changes, so many accesses, whether the next access is being emulated, and the page.
-type Place = (usize, usize, bool, Page);
+/// How far an order has come: so many steps of changes, so many accesses, the next access, and the page.
+type Place = (usize, usize, Stage, Page);
 
 /// Finds an order in which `page` comes to what was seen.
 pub(super) fn explain(page: Page, changes: &[Timed<Change>], accesses: &[Timed<(Access, Saw)>]) -> Result<(), String> {
+    let changes: Vec<_> = changes
+        .iter()
+        .flat_map(|&Timed { begin, what, end }| what.steps().map(move |what| Timed { begin, what, end }))
+        .collect();
     let mut tried: HashSet<Place> = HashSet::new();
-    let mut open = vec![(0, 0, false, page)];
-    let mut furthest: Place = (0, 0, false, page);
+    let mut open = vec![(0, 0, Stage::Fresh, page)];
+    let mut furthest: Place = (0, 0, Stage::Fresh, page);
     while let Some(place) = open.pop() {
         if !tried.insert(place) {
             continue;
         }
-        let (changed, accessed, emulating, page) = place;
+        let (changed, accessed, stage, page) = place;
         if accessed == accesses.len() {
             return Ok(());
         }
@@ -38,29 +42,28 @@ pub(super) fn explain(page: Page, changes: &[Timed<Change>], accesses: &[Timed<(
             && change.begin < next_access.end
         {
             let mut page = page;
-            page.change(change.what);
-            open.push((changed + 1, accessed, emulating, page));
+            page.step(change.what);
+            open.push((changed + 1, accessed, stage, page));
         }
         // Not if a change was over before this began.
         if changes.get(changed).is_none_or(|change| next_access.begin < change.end) {
-            if let (false, Some(page)) = (emulating, page.mapped()) {
-                open.push((changed, accessed, false, page));
+            if let (Stage::Fresh, Some(page)) = (stage, page.mapped()) {
+                open.push((changed, accessed, stage, page));
             }
             let (access, saw) = &next_access.what;
             let mut page = page;
-            let next = if emulating { Next::Saw(page.emulate(*access)) } else { page.begin(*access) };
-            match next {
-                Next::Emulate => open.push((changed, accessed, true, page)),
-                Next::Saw(would) if would == *saw => open.push((changed, accessed + 1, false, page)),
-                Next::Saw(_) => {}
+            match page.access(*access, stage) {
+                Next::Stage(stage) => open.push((changed, accessed, stage, page)),
+                Next::Saw(would) if would == *saw => open.push((changed, accessed + 1, Stage::Fresh, page)),
+                Next::Saw(_) | Next::Wait => {}
             }
         }
     }
-    Err(report(furthest, changes, accesses))
+    Err(report(furthest, &changes, accesses))
 }
 
 /// What is around the access that has no place.
-fn report((changed, accessed, _, page): Place, changes: &[Timed<Change>], accesses: &[Timed<(Access, Saw)>]) -> String {
+fn report((changed, accessed, _, page): Place, changes: &[Timed<Step>], accesses: &[Timed<(Access, Saw)>]) -> String {
     let mut text = format!("in one order that comes this far it is then {page:?}\n");
     let from = accesses[accessed.saturating_sub(6)].begin;
     let until = accesses[accessed].end;
@@ -77,7 +80,7 @@ fn report((changed, accessed, _, page): Place, changes: &[Timed<Change>], access
         }
     }
     lines.sort();
-    let _cannot_fail = writeln!(text, "{changed} changes of {} before it", changes.len());
+    let _cannot_fail = writeln!(text, "{changed} steps of {} before it", changes.len());
     for (_, line) in lines {
         let _cannot_fail = writeln!(text, "  {line}");
     }

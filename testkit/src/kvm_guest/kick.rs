@@ -5,7 +5,7 @@
 #![allow(unsafe_code, reason = "another thread writes to the vCPU's kvm_run, and a signal handler is installed")]
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -36,15 +36,37 @@ struct State {
     exit: Option<ImmediateExit>,
     /// Who is running the vCPU.
     thread: Option<Pthread>,
-    /// When the watchdog kicks; `None` while the vCPU does not run.
+    /// When the watchdog gets it out; `None` while the vCPU does not run.
     deadline: Option<Instant>,
     kicked: bool,
+    /// The watchdog did.
+    expired: bool,
+}
+
+/// Who asked a run to end that ended with `EINTR`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Cause {
+    /// Somebody kicked it.
+    Kicked,
+    /// It took its time.
+    Expired,
+    /// Another signal.
+    Other,
 }
 
 impl State {
     fn set_immediate(&self, immediate: bool) {
         if let Some(exit) = &self.exit {
-            exit.set((immediate || self.kicked).into());
+            exit.set((immediate || self.kicked || self.expired).into());
+        }
+    }
+
+    /// Gets the vCPU out, or keeps it from going in.
+    fn expel(&self) {
+        self.set_immediate(true);
+        if let Some(thread) = self.thread {
+            // The thread is alive: it takes itself off under the lock that is held here.
+            pthread_kill(thread, SIGNAL).expect("a valid signal");
         }
     }
 }
@@ -57,7 +79,6 @@ pub struct Kick(Arc<Shared>);
 struct Shared {
     state: Mutex<State>,
     changed: Condvar,
-    expired: AtomicBool,
 }
 
 impl Shared {
@@ -82,16 +103,9 @@ impl Kick {
 
     /// Makes the run in progress, or else the next one, fail with `EINTR`.
     pub fn kick(&self) {
-        Self::kick_locked(&mut self.0.lock());
-    }
-
-    fn kick_locked(state: &mut State) {
+        let mut state = self.0.lock();
         state.kicked = true;
-        state.set_immediate(true);
-        if let Some(thread) = state.thread {
-            // The thread is alive: it takes itself off under the lock that is held here.
-            pthread_kill(thread, SIGNAL).expect("a valid signal");
-        }
+        state.expel();
     }
 
     /// Makes the next run only complete what the last one left, or no longer so.
@@ -107,16 +121,20 @@ impl Kick {
         self.0.changed.notify_all();
     }
 
-    /// The vCPU came back. Returns whether that was because it ran for too long.
-    pub(super) fn leave(&self, interrupted: bool) -> bool {
+    /// The vCPU came back, and whether with `EINTR`. Returns why, if so.
+    pub(super) fn leave(&self, interrupted: bool) -> Option<Cause> {
         let mut state = self.0.lock();
         state.thread = None;
         state.deadline = None;
-        // A kick that came too late for a run that ended otherwise is kept for the next.
-        if interrupted && std::mem::take(&mut state.kicked) {
-            state.set_immediate(false);
-        }
-        interrupted && self.0.expired.swap(false, Ordering::SeqCst)
+        // A kick that came too late for a run that ended otherwise is kept for the next; the watchdog's was for that one run.
+        let expired = std::mem::take(&mut state.expired);
+        let kicked = interrupted && std::mem::take(&mut state.kicked);
+        state.set_immediate(false);
+        interrupted.then_some(match (kicked, expired) {
+            (true, _) => Cause::Kicked,
+            (false, true) => Cause::Expired,
+            (false, false) => Cause::Other,
+        })
     }
 
     /// The vCPU goes.
@@ -125,7 +143,7 @@ impl Kick {
         self.0.changed.notify_all();
     }
 
-    /// Kicks the vCPU when it has run for too long, until it goes.
+    /// Gets the vCPU out when it has run for too long, until it goes.
     pub(super) fn watch(&self) {
         let kick = self.clone();
         let watch = move || {
@@ -140,8 +158,8 @@ impl Kick {
                     }
                     Some(_) => {
                         state.deadline = None;
-                        kick.0.expired.store(true, Ordering::SeqCst);
-                        Self::kick_locked(&mut state);
+                        state.expired = true;
+                        state.expel();
                         state
                     }
                 };

@@ -16,6 +16,7 @@ mod support;
 mod tables;
 
 use std::arch::x86_64::__cpuid;
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -29,6 +30,7 @@ use crate::guest::{Guest, GuestOp, Outcome};
 use mode::{Cpu, Mode, Step};
 use support::{EXCHANGE, EXCHANGE_SIZE, Support};
 
+use kick::Cause;
 pub use kick::Kick;
 pub use long_mode::LongMode;
 pub use real_mode::RealMode;
@@ -52,7 +54,7 @@ struct Progress {
     /// What the registers were last set for.
     step: Option<Step>,
     outcome: Option<Outcome>,
-    /// Triple faults so far.
+    /// How often a step was done again.
     spurious: u32,
 }
 
@@ -189,34 +191,77 @@ impl<M: Mode> Driver<M> {
         Ok(())
     }
 
-    /// After a triple fault, which nothing that a guest is told has a reason for: whether the step, which does no harm when it is
-    /// done twice, is begun anew.
+    /// Whether what the run ended with is the doing of an [emulated processor](is_emulated), and not of the step, nor of KVM: a triple
+    /// fault, which nothing that a guest is told has a reason for; or a guest with registers of the host that it runs on.
+    fn is_spurious(&mut self, result: Result<(), Errno>) -> Result<bool, Errno> {
+        if !is_emulated() || result == Err(Errno::EINTR) {
+            return Ok(false);
+        }
+        Ok(result.is_ok() && matches!(self.vcpu.last_exit(), Exit::Shutdown) || self.is_astray()?)
+    }
+
+    /// Whether the guest executes something that it was not told to.
+    fn is_astray(&self) -> Result<bool, Errno> {
+        let fd = self.vcpu.fd();
+        let ip = fd.get_sregs().map_err(errno)?.cs.base.wrapping_add(fd.get_regs().map_err(errno)?.rip);
+        let called = match self.progress.as_ref().and_then(|progress| progress.step) {
+            // Behind the call, too, as far as a wild instruction reaches.
+            Some(Step::Fetch { gpa }) => (gpa..gpa.saturating_add(INSTRUCTION)).contains(&ip),
+            _ => false,
+        };
+        Ok(!called && !(self.support.gpa(0)..self.support.gpa(M::SIZE)).contains(&ip))
+    }
+
+    /// Begins the step anew, which does no harm when it is done twice; or says that it is believed now.
     fn starts_again(&mut self) -> bool {
         let Some(progress) = &mut self.progress else { return false };
-        if progress.spurious == SPURIOUS_LIMIT
-            || matches!(progress.step, Some(Step::Hypercall { .. }))
-            || !is_emulated()
-        {
+        if progress.spurious == SPURIOUS_LIMIT || matches!(progress.step, Some(Step::Hypercall { .. })) {
             return false;
         }
         progress.spurious += 1;
-        progress.step = None;
+        self.settle();
         SPURIOUS.fetch_add(1, Ordering::Relaxed);
         true
     }
 
+    /// Lets KVM complete what the last exit left, with the registers that are about to be replaced.
+    fn settle(&mut self) {
+        if self.progress.as_mut().is_some_and(|progress| progress.step.take().is_some()) {
+            self.kick.set_immediate(true);
+            let _ = self.vcpu.enter();
+            self.kick.set_immediate(false);
+        }
+    }
+
     /// Runs the vCPU once, under the watchdog.
     fn enter(&mut self) -> Result<(), Errno> {
-        self.kick.enter(self.patience);
-        let result = self.vcpu.enter();
-        if self.kick.leave(result == Err(Errno::EINTR)) {
-            eprintln!("vCPU hung for {:?} at {:x?}", self.patience, self.progress);
-            eprintln!("{:x?}\n{:x?}", self.vcpu.fd().get_regs(), self.vcpu.fd().get_sregs());
-            return Err(Errno::ETIMEDOUT);
+        let mut left = self.patience;
+        loop {
+            // A guest that is astray may never come back by itself.
+            let wait = if is_emulated() { left.min(GLANCE) } else { left };
+            self.kick.enter(wait);
+            let result = self.vcpu.enter();
+            if self.kick.leave(result == Err(Errno::EINTR)) != Some(Cause::Expired) {
+                return result;
+            }
+            left = left.saturating_sub(wait);
+            if is_emulated() && self.is_astray()? {
+                return Err(Errno::ETIMEDOUT);
+            }
+            if left.is_zero() {
+                eprintln!("vCPU hung for {:?} at {:x?}", self.patience, self.progress);
+                eprintln!("{:x?}\n{:x?}", self.vcpu.fd().get_regs(), self.vcpu.fd().get_sregs());
+                return Err(Errno::ETIMEDOUT);
+            }
         }
-        result
     }
 }
+
+/// Bytes of an instruction, at most.
+const INSTRUCTION: u64 = 15;
+
+/// How often a vCPU on an emulated processor is looked at while it runs.
+const GLANCE: Duration = Duration::from_secs(1);
 
 const ZERO_FLAG: u64 = 1 << 6;
 
@@ -247,17 +292,21 @@ impl Progress {
     }
 }
 
-/// How often an [emulated processor](is_emulated) raised an exception for no reason.
+/// How often an [emulated processor](is_emulated) did something for no reason.
 pub static SPURIOUS: AtomicU64 = AtomicU64::new(0);
 
 /// How often in a row that is believed.
 const SPURIOUS_LIMIT: u32 = 2;
 
 /// Whether this processor is QEMU's. It raises an exception for no reason, now and then, in a guest's guest with several
-/// vCPUs; some of them in the middle of the handling of another, which is a triple fault.
+/// vCPUs; some of them in the middle of the handling of another, which is a triple fault. More rarely, a guest is left with the
+/// instruction pointer, segments and page tables of the host that entered it.
 pub fn is_emulated() -> bool {
-    let leaf = __cpuid(0x4000_0000);
-    [leaf.ebx, leaf.ecx, leaf.edx].map(u32::to_le_bytes).concat() == b"TCGTCGTCGTCG"
+    static EMULATED: LazyLock<bool> = LazyLock::new(|| {
+        let leaf = __cpuid(0x4000_0000);
+        [leaf.ebx, leaf.ecx, leaf.edx].map(u32::to_le_bytes).concat() == b"TCGTCGTCGTCG"
+    });
+    *EMULATED
 }
 
 impl<M: Mode + std::fmt::Debug + Send> Vcpu for Driver<M> {
@@ -267,10 +316,11 @@ impl<M: Mode + std::fmt::Debug + Send> Vcpu for Driver<M> {
 
     fn run(&mut self) -> Result<Exit<'_>, Errno> {
         while self.load()? {
-            self.enter()?;
-            if matches!(self.vcpu.last_exit(), Exit::Shutdown) && self.starts_again() {
+            let result = self.enter();
+            if self.is_spurious(result)? && self.starts_again() {
                 continue;
             }
+            result?;
             if !matches!(self.vcpu.last_exit(), Exit::Halt) {
                 return Ok(self.vcpu.last_exit());
             }
@@ -298,12 +348,7 @@ impl<M: Mode + std::fmt::Debug + Send> Guest for Driver<M> {
             gpa.checked_add(len).is_some_and(|end| end <= limit),
             "this guest reaches no further than {limit:#x}: {op:x?}"
         );
-        if self.progress.as_ref().is_some_and(|progress| progress.step.is_some()) {
-            // KVM may still have an exit to complete, with the registers that are about to be replaced.
-            self.kick.set_immediate(true);
-            let _ = self.vcpu.enter();
-            self.kick.set_immediate(false);
-        }
+        self.settle();
         self.progress = Some(Progress { op, done: 0, data: Vec::new(), step: None, outcome: None, spurious: 0 });
     }
 

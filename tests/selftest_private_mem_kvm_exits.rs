@@ -3,16 +3,18 @@
 
 mod selftest_kit;
 
+use std::ops::ControlFlow;
 use std::sync::{Arc, mpsc};
 use std::thread;
 
-use cvm_memory::addr::{FilePage, Gfn, GfnRange};
+use cvm_memory::addr::{FilePage, Gfn, GfnRange, Gpa};
 use cvm_memory::backing::{SharedBacking, SharedMemory, SharedSlice};
 use cvm_memory::convert::{ConvertError, Refusal, State};
 use cvm_memory::exits::{Action, GuestError, Handled, VcpuExits};
 use cvm_memory::hypervisor::{Exit, MemoryFault, Platform, Vcpu};
 use cvm_memory::layout::{SlotFlags, SlotId};
 use cvm_memory::memory::{CvmMemory, SlotSpec};
+use cvm_memory::prefault::PrefaultOptions;
 use cvm_memory_testkit::{Guest, GuestOp, Outcome};
 use nix::errno::Errno;
 use selftest_kit::*;
@@ -114,6 +116,9 @@ fn a_private_page_of_a_slot_without_a_file<M: Machine>() {
     set_private(&vm, GPA, PAGE, true);
     let fault = spin(&mut guest, || panic!("read a private page that has no memory"));
     assert_eq!(fault, FAULT);
+    // It could be that the page has just been made shared.
+    assert!(matches!(exits.handle(&mut Exit::MemoryFault(fault)), Action::Resume(Handled::Unchanged)));
+    assert!(matches!(guest.run(), Ok(Exit::MemoryFault(FAULT))));
     let refusal = exits.handle(&mut Exit::MemoryFault(fault));
     let Action::GuestError(GuestError::Refused(ConvertError::Refused(refusal))) = refusal else {
         panic!("{refusal:?}")
@@ -127,6 +132,55 @@ fn a_private_page_of_a_slot_without_a_file<M: Machine>() {
     set_private(&vm, GPA, PAGE, false);
     assert!(matches!(guest.run(), Ok(Exit::Halt)));
     assert_eq!(guest.result(), Some(Outcome::Same));
+}
+
+/// The guest takes memory for a device, before it is there; KVM goes on about that until the page is mapped.
+fn a_private_page_that_was_device_memory<M: Machine>() {
+    let Some(vm) = M::create(Platform::SOFTWARE_PROTECTED) else { return };
+    let memory = Arc::new(CvmMemory::builder().ram(GPA + PAGE, PAGE).build(Arc::new(vm.clone())).unwrap());
+    let mut exits = VcpuExits::new(Arc::clone(&memory));
+    let mut guest = vm.guest(0);
+    guest.start(GuestOp::Read { gpa: GPA, len: 1 });
+    match guest.run() {
+        Ok(mut exit @ Exit::Mmio(_)) => assert!(matches!(exits.handle(&mut exit), Action::NotOurs)),
+        other => panic!("{other:?}"),
+    }
+    let file = Arc::new(vm.create_guest_memfd(PAGE, 0).unwrap());
+    let shared: Arc<dyn SharedBacking> = Arc::new(SharedMemory::new(PAGE).unwrap());
+    memory
+        .add_slots(vec![SlotSpec {
+            id: None,
+            gpa: GPA,
+            size: PAGE,
+            shared: SharedSlice { backing: shared, offset: 0 },
+            private: Some((file, FilePage::ZERO)),
+            flags: SlotFlags::empty(),
+        }])
+        .unwrap();
+    assert_eq!(memory.state(Gfn::containing(GPA)), Some(State::Private));
+
+    guest.start(GuestOp::Fill { gpa: GPA, len: PAGE, byte: 0x5a });
+    let stale = MemoryFault { flags: 0, ..FAULT };
+    let mut handled = Vec::new();
+    loop {
+        let mut exit = guest.run().unwrap();
+        if matches!(exit, Exit::Halt) {
+            break;
+        }
+        assert!(matches!(exit, Exit::MemoryFault(fault) if fault == stale), "{exit:?}");
+        let action = exits.handle(&mut exit);
+        if let Action::Prefault(gpa) = action {
+            let page = GfnRange::page(gpa.gfn());
+            let options = PrefaultOptions::default();
+            memory.prefault(&[page], &mut [&mut guest], &options, &mut |_| ControlFlow::Continue(())).unwrap();
+        }
+        handled.push(action);
+    }
+    assert!(matches!(handled[..], [Action::Resume(Handled::Unchanged), Action::Prefault(Gpa(GPA))]), "{handled:?}");
+    // It has not been made shared on the way, as such a fault would ask for elsewhere.
+    assert_eq!(memory.state(Gfn::containing(GPA)), Some(State::Private));
+    assert_eq!(memory.statistics().requests.pages_converted, 0);
+    assert_eq!(guest.perform(READ), Outcome::Same);
 }
 
 /// The same of a page that never had a slot.
@@ -145,5 +199,6 @@ fn a_private_page_without_a_slot<M: Machine>() {
 on_both_machines!(
     a_slot_deleted_under_a_spinning_vcpu,
     a_private_page_of_a_slot_without_a_file,
+    a_private_page_that_was_device_memory,
     a_private_page_without_a_slot,
 );

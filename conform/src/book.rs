@@ -98,6 +98,7 @@ pub const LIBRARY: &[Entry] = chapter!("library":
     "c11-no-private-side"
     "c12-large-pages"
     "c13-recreated"
+    "c17-by-attribute"
     "c17-memory-faults"
     "c18-prefault"
     "c18-put-off"

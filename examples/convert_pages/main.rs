@@ -27,6 +27,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
 
+use cvm_memory::addr::GfnRange;
 use cvm_memory::convert::Listener;
 use cvm_memory::exits::{Action, Handled, VcpuExits};
 use cvm_memory::hypervisor::{Exit, Vcpu};
@@ -108,6 +109,7 @@ fn build(args: &Args, backend: &Backend, ram: &Ram) -> Result<CvmMemory, Failure
 /// A vCPU, and what handles its exits.
 struct Cpu {
     guest: Box<dyn Guest>,
+    memory: Arc<CvmMemory>,
     exits: VcpuExits,
     /// Of the exits that converted pages, in nanoseconds.
     latency: Histogram<u64>,
@@ -138,6 +140,11 @@ impl Cpu {
                     self.latency.record(u64::try_from(left.elapsed().as_nanos())?)?;
                 }
                 Action::Resume(_) => {}
+                Action::Prefault(gpa) => {
+                    let (page, options) = (GfnRange::page(gpa.gfn()), PrefaultOptions::default());
+                    let go_on = &mut |_| ControlFlow::Continue(());
+                    self.memory.prefault(&[page], &mut [self.guest.as_mut()], &options, go_on)?;
+                }
                 // A VMM has devices to ask here; this guest has none.
                 Action::NotOurs => return Err(format!("unexpected exit: {exit:?}").into()),
                 Action::GuestError(error) => return Err(error.into()),

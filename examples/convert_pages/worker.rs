@@ -79,6 +79,7 @@ pub fn crew<'a>(args: &Args, around: &Surroundings<'a>) -> Result<Vec<Worker<'a>
             Ok(Worker {
                 cpu: Cpu {
                     guest: backend.guest(id),
+                    memory: Arc::clone(memory),
                     exits: VcpuExits::new(Arc::clone(memory)),
                     latency: Histogram::new(3)?,
                 },

@@ -41,6 +41,9 @@ pub enum Action {
     NotOurs,
     /// The guest did what cannot be resolved. The VM is whole: stop this vCPU, or inject what the platform has for it.
     GuestError(GuestError),
+    /// KVM takes this private page for device input and output that it was before, and goes on doing so until the page is mapped:
+    /// [prefault](CvmMemory::prefault) it, and enter the guest again. Only where the attribute alone decides what is private.
+    Prefault(Gpa),
     /// The page's memory is broken. Convert it, punch it, inject a machine check, or stop.
     HwPoison(Gpa),
     /// The same fault came back again and again with nothing left to resolve.
@@ -260,6 +263,7 @@ impl VcpuExits {
             _ => return Action::Unresolvable(*fault),
         }
         let gfn = request.range.start();
+        let again = self.last == Some(*fault);
         let counters = &self.memory.converter().counters().requests;
         match self.memory.state(gfn) {
             // Declared private and touched as such: KVM has not been told yet, or something else is amiss.
@@ -281,6 +285,14 @@ impl VcpuExits {
             // About to be memory, or just having become so.
             None if self.memory.memory_in_flux(gfn).is_some() => self.unchanged_after(fault, request.range),
             None => self.guest_error(GuestError::NotMemory { gfn, to: request.to }),
+            // No access has a state of its own that it could differ in: the fault is about the page as it was. If KVM goes on
+            // about a private one, somebody else has set its attribute.
+            Some(_) if !self.memory.platform().accesses_carry_privacy && !(again && request.to.is_private()) => {
+                match self.unchanged_after(fault, request.range) {
+                    Action::Resume(_) if again => Action::Prefault(Gpa(fault.gpa)),
+                    action => action,
+                }
+            }
             Some(_) if !self.options.implicit_conversion => {
                 self.guest_error(GuestError::Implicit { gfn, to: request.to })
             }

@@ -138,6 +138,7 @@ pub(super) fn action(action: &Action) -> String {
         Action::Resume(Handled::Refused) => "refused".into(),
         Action::NotOurs => "not ours".into(),
         Action::GuestError(error) => format!("guest error, {}", guest(error)),
+        Action::Prefault(gpa) => format!("to be prefaulted gpa={gpa:#x}"),
         Action::HwPoison(gpa) => format!("broken memory gpa={gpa:#x}"),
         Action::Stuck(fault) => format!("stuck gpa={:#x}", fault.gpa),
         Action::Unresolvable(fault) => format!("unresolvable gpa={:#x} {:?}", fault.gpa, fault.errno),

@@ -6,7 +6,7 @@ use crate::differences::Differences;
 use crate::guard;
 use crate::machine::{Machine, Shape};
 use crate::observation::Observation;
-use crate::scenario::{AREA_BYTES, Area, Hva, Kind, Operation, Scenario};
+use crate::scenario::{AREA_BYTES, Area, Descriptor, Hva, Kind, Operation, Scenario};
 
 /// The first operation that the machines disagree about, or that does not come to what the scenario expects.
 #[derive(Debug)]
@@ -100,8 +100,8 @@ pub fn play(
     Ok(played)
 }
 
-/// Reads all memory that the scenario may have changed and that somebody can reach: by guests, both sides of every page, and
-/// by this process. Of ranges of many pages, the first.
+/// Reads all memory that the scenario may have changed and that somebody can reach: by guests, both sides of every page; by
+/// this process; and what is in files without being in slots. Of ranges of many pages, the first.
 fn contents(scenario: &Scenario, shape: Shape) -> Vec<Operation> {
     const PAGE: u64 = 4096;
     let mut pages = std::collections::BTreeSet::new();
@@ -152,7 +152,7 @@ fn contents(scenario: &Scenario, shape: Shape) -> Vec<Operation> {
         // Both sides of every page: as the scenario left it, and with the attribute turned over, twice.
         Kind::Protected => {
             operations.extend(runs.iter().map(dump(false)));
-            for attributes in [8, 0] {
+            for attributes in [PRIVATE, 0] {
                 let convert = |(gpa, pages): &(u64, u64)| Operation::Attributes {
                     gpa: *gpa,
                     size: pages * PAGE,
@@ -165,8 +165,51 @@ fn contents(scenario: &Scenario, shape: Shape) -> Vec<Operation> {
         }
     }
     operations.extend(areas.into_iter().map(|(area, len)| Operation::HostRead { at: Hva::In(area, 0), len }));
+    if shape.kind != Kind::Default {
+        operations.extend(files(scenario));
+    }
     operations
 }
+
+/// Reads the files, whatever of them is bound at the end: every slot is deleted, and each file bound where nothing was.
+fn files(scenario: &Scenario) -> Vec<Operation> {
+    let mut slots = std::collections::BTreeSet::new();
+    let mut files = std::collections::BTreeMap::new();
+    for step in &scenario.steps {
+        match step.operation {
+            Operation::Region { slot, .. } => {
+                slots.insert(slot);
+            }
+            Operation::Create { file, size, .. } if (1..=AREA_BYTES).contains(&size) => {
+                files.insert(file, size);
+            }
+            _ => {}
+        }
+    }
+    let mut operations: Vec<_> = slots.into_iter().map(Operation::delete).collect();
+    for (slot, (file, size)) in (1..).zip(files) {
+        let gpa = ELSEWHERE + u64::from(slot) * AREA_BYTES;
+        operations.extend([
+            Operation::Region {
+                slot,
+                flags: GUEST_MEMFD,
+                gpa,
+                size,
+                hva: Hva::In(Area::Memory(0), 0),
+                file: Descriptor::File(file),
+                offset: 0,
+            },
+            Operation::Attributes { gpa, size, attributes: PRIVATE, flags: 0 },
+            Operation::Dump { vcpu: 0, gpa, pages: size / 4096, private: true },
+        ]);
+    }
+    operations
+}
+
+/// Guest physical memory that no scenario uses.
+const ELSEWHERE: u64 = 0x6000_0000;
+const GUEST_MEMFD: u32 = 4;
+const PRIVATE: u64 = 8;
 
 /// Pages of one operation that are read at the end, at most.
 const MANY: u64 = 64;

@@ -3,12 +3,15 @@
 //!
 //! `CVM_SCENARIOS=N` and `CVM_SEED=S` say how many and which; `CVM_SECONDS=T` plays for as long.
 
+use std::sync::atomic::Ordering;
+
 use cvm_memory_conform::differences::Known;
 use cvm_memory_conform::live::kvm::Offer;
 use cvm_memory_conform::machine::Shape;
 use cvm_memory_conform::run::{Plan, Play, run};
 use cvm_memory_conform::scenario::Kind;
 use cvm_memory_conform::{book, suite};
+use cvm_memory_testkit::kvm_guest::SPURIOUS;
 use cvm_memory_testkit::skip;
 
 /// Address bits where no processor has a say: few enough for their end to be reached.
@@ -24,6 +27,8 @@ fn random(name: &str, shape: Shape, scenarios: u64, play: &Play<'_>) {
                 "next to nothing was played"
             );
             assert!(tally.played.skipped * 5 < tally.played.operations, "too much was left out");
+            let again = SPURIOUS.load(Ordering::Relaxed);
+            assert!(again * 200 < tally.played.operations + 2000, "{again} accesses had to be made again");
         }
         Err(failure) => panic!("{name} {:?}: {failure}", shape.kind),
     }

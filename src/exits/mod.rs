@@ -264,6 +264,9 @@ impl VcpuExits {
         }
         let gfn = request.range.start();
         let again = self.last == Some(*fault);
+        // Where the attribute alone decides, no access has a state of its own that it could differ in. If KVM goes on about a
+        // private one nevertheless, somebody else has set the attribute.
+        let asks = self.memory.platform().accesses_carry_privacy || again && request.to.is_private();
         let counters = &self.memory.converter().counters().requests;
         match self.memory.state(gfn) {
             // Declared private and touched as such: KVM has not been told yet, or something else is amiss.
@@ -285,14 +288,11 @@ impl VcpuExits {
             // About to be memory, or just having become so.
             None if self.memory.memory_in_flux(gfn).is_some() => self.unchanged_after(fault, request.range),
             None => self.guest_error(GuestError::NotMemory { gfn, to: request.to }),
-            // No access has a state of its own that it could differ in: the fault is about the page as it was. If KVM goes on
-            // about a private one, somebody else has set its attribute.
-            Some(_) if !self.memory.platform().accesses_carry_privacy && !(again && request.to.is_private()) => {
-                match self.unchanged_after(fault, request.range) {
-                    Action::Resume(_) if again => Action::Prefault(Gpa(fault.gpa)),
-                    action => action,
-                }
-            }
+            // The fault is about the page as it was.
+            Some(_) if !asks => match self.unchanged_after(fault, request.range) {
+                Action::Resume(_) if again => Action::Prefault(Gpa(fault.gpa)),
+                action => action,
+            },
             Some(_) if !self.options.implicit_conversion => {
                 self.guest_error(GuestError::Implicit { gfn, to: request.to })
             }

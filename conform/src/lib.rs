@@ -19,6 +19,7 @@ pub mod library;
 pub mod live;
 pub mod machine;
 pub mod observation;
+mod patience;
 pub mod play;
 pub mod race;
 pub mod random;

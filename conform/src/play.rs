@@ -6,6 +6,7 @@ use crate::differences::Differences;
 use crate::guard;
 use crate::machine::{Machine, Shape};
 use crate::observation::Observation;
+use crate::patience::bounded;
 use crate::scenario::{AREA_BYTES, Area, Descriptor, Hva, Kind, Operation, Scenario};
 
 /// The first operation that the machines disagree about, or that does not come to what the scenario expects.
@@ -81,7 +82,8 @@ pub fn play(
             if trace {
                 eprintln!("{:>9} {step}: {operation}", machine.name());
             }
-            seen.push((machine.name(), machine.play(&operation)));
+            let name = machine.name();
+            seen.push((name, bounded(name, &operation, || machine.play(&operation))));
         }
         let agreed = known.agree(&operation, &mut seen, &mut played.explained);
         let as_expected = expected.is_none_or(|expected| {

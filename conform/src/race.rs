@@ -26,6 +26,7 @@ use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 use crate::live::{Live, guests};
 use crate::machine::Machine;
 use crate::observation::{End, Observation, Seen as Exits};
+use crate::patience::bounded;
 use crate::scenario::{Area, Descriptor, File, Hva, Kind, MMIO_BYTE, Operation};
 use order::{Timed, explain};
 use page::{Access, Change, Page, Saw};
@@ -134,7 +135,7 @@ impl Race {
     /// If a call fails: none has a reason to.
     pub fn run(&self, seed: u64, mut live: Live) -> Result<u64, Box<Unexplained>> {
         let play = |live: &mut Live, operation: &Operation| {
-            let answer = live.play(operation);
+            let answer = bounded(live.name(), operation, || live.play(operation));
             assert_eq!(answer, Observation::Call(Ok(())), "{operation}");
         };
         play(&mut live, &Operation::Create { file: FILE, size: (FILE_OFFSET + PAGES) * PAGE, flags: 0 });
@@ -207,7 +208,8 @@ fn act(guest: &mut dyn cvm_memory_testkit::Guest, page: u64, access: Access) -> 
         Access::Load => Operation::Load { vcpu: 0, gpa, len: 8, private: false },
         Access::Store(value) => Operation::Store { vcpu: 0, gpa, len: 8, value, private: false },
     };
-    let Observation::Guest { seen, end } = guests::play(guest, &operation) else { return Saw::Other("nothing".into()) };
+    let played = bounded("a racing guest", &operation, || guests::play(guest, &operation));
+    let Observation::Guest { seen, end } = played else { return Saw::Other("nothing".into()) };
     match (seen.as_slice(), &end) {
         ([], End::Done) => Saw::Stored,
         ([], End::Data(data)) => Saw::Loaded(u64::from_le_bytes(data.as_slice().try_into().expect("8 bytes"))),

@@ -34,7 +34,7 @@ use arc_swap::{ArcSwap, Guard};
 use crate::addr::{Gfn, GfnRange, PAGE_SIZE, PAGES_PER_2M};
 use crate::backing::Space;
 use crate::hypervisor::Hypervisor;
-use crate::page_set::{PageSet, PageSetError};
+use crate::page_set::{PageSet, PageSetError, Pages};
 use crate::stats::Counters;
 
 pub use commit::{Effects, Outcome, StepError, commit};
@@ -160,12 +160,12 @@ impl Converter {
     }
 
     /// Frames that the guest has been told are private.
-    pub const fn declared(&self) -> &PageSet {
+    pub fn declared(&self) -> &Pages {
         &self.declared
     }
 
     /// Frames whose attribute in KVM is private.
-    pub const fn materialised(&self) -> &PageSet {
+    pub fn materialised(&self) -> &Pages {
         &self.materialised
     }
 

@@ -32,7 +32,7 @@ use crate::gate::Gate;
 use crate::gmem::FileId;
 use crate::hypervisor::{Cap, Capabilities, Hypervisor, MissingCapability, Platform, Vcpu};
 use crate::layout::{SlotFlags, SlotId, SlotTable};
-use crate::page_set::PageSet;
+use crate::page_set::{PageSet, Pages};
 use crate::prefault::{PrefaultError, PrefaultOptions, Prefaulted, Progress, prefault};
 use crate::stats::{Requests, Syscalls};
 
@@ -127,7 +127,7 @@ pub struct PageInfo {
 #[derive(Debug)]
 pub struct Reader<'a> {
     space: Cache<&'a ArcSwap<Space>, Arc<Space>>,
-    declared: &'a PageSet,
+    declared: &'a Pages,
 }
 
 impl Reader<'_> {

@@ -40,6 +40,7 @@ mod tags;
 mod tests;
 
 use std::fmt;
+use std::ops::Deref;
 
 use crate::addr::{Gfn, GfnRange};
 
@@ -87,7 +88,7 @@ pub struct Statistics {
 
 /// A concurrent set of guest frames below a fixed capacity, empty when made.
 ///
-/// Every method takes `&self`; share it by reference or `Arc`. What a reader sees happened before its call returned
+/// Every method takes `&self`; share it by reference or `Arc`. Who gets it as [`Pages`] can only look. What a reader sees happened before its call returned
 /// (writes release, reads acquire).
 ///
 /// ```
@@ -106,11 +107,23 @@ pub struct Statistics {
 /// assert_eq!(todo, [GfnRange::from_bytes(0x10_0000, 0x1000)?]);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-pub struct PageSet {
+pub struct PageSet(Pages);
+
+/// What a [`PageSet`] holds, for those who may only look.
+pub struct Pages {
     capacity: u64,
     tags: Tags,
     leaf: Leaf,
     stripes: Stripes,
+}
+
+impl Deref for PageSet {
+    type Target = Pages;
+
+    #[inline]
+    fn deref(&self) -> &Pages {
+        &self.0
+    }
 }
 
 impl PageSet {
@@ -121,26 +134,12 @@ impl PageSet {
     pub fn new(capacity: u64) -> Result<Self, PageSetError> {
         let chunks = capacity.div_ceil(PAGES_PER_CHUNK);
         let failed = |source| PageSetError::Map { capacity, source };
-        Ok(Self {
+        Ok(Self(Pages {
             capacity,
             tags: Tags::new(chunks).map_err(failed)?,
             leaf: Leaf::new(chunks).map_err(failed)?,
             stripes: Stripes::new(),
-        })
-    }
-
-    /// Capacity in pages: the frames `[0, capacity)` can be in the set.
-    pub const fn capacity(&self) -> u64 {
-        self.capacity
-    }
-
-    /// Whether `gfn` is in the set. Wait-free: one or two loads. A frame beyond the capacity is not.
-    #[inline]
-    pub fn contains(&self, gfn: Gfn) -> bool {
-        match self.tags.load(gfn.get() >> CHUNK_SHIFT) {
-            Tag::Uniform(value) => value,
-            Tag::Mixed => self.leaf.contains(gfn.get()),
-        }
+        }))
     }
 
     /// Puts every page of `range` into the set.
@@ -213,6 +212,22 @@ impl PageSet {
             self.tags.replace(chunk, Tag::Mixed, Tag::Uniform(value));
         }
     }
+}
+
+impl Pages {
+    /// Capacity in pages: the frames `[0, capacity)` can be in the set.
+    pub const fn capacity(&self) -> u64 {
+        self.capacity
+    }
+
+    /// Whether `gfn` is in the set. Wait-free: one or two loads. A frame beyond the capacity is not.
+    #[inline]
+    pub fn contains(&self, gfn: Gfn) -> bool {
+        match self.tags.load(gfn.get() >> CHUNK_SHIFT) {
+            Tag::Uniform(value) => value,
+            Tag::Mixed => self.leaf.contains(gfn.get()),
+        }
+    }
 
     /// What the set costs now. Reads every tag.
     pub fn statistics(&self) -> Statistics {
@@ -230,6 +245,12 @@ impl PageSet {
 }
 
 impl fmt::Debug for PageSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl fmt::Debug for Pages {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("PageSet")
             .field("capacity", &format_args!("{:#x}", self.capacity))

@@ -6,9 +6,9 @@
 use crate::addr::{Gfn, GfnRange};
 
 use super::tags::Tag;
-use super::{CHUNK_SHIFT, PAGES_PER_CHUNK, PageSet};
+use super::{CHUNK_SHIFT, PAGES_PER_CHUNK, Pages};
 
-impl PageSet {
+impl Pages {
     /// The first page of `range` whose state is `value`, or the range's end.
     ///
     /// Skips 64 MiB of the other state per load.
@@ -96,7 +96,7 @@ impl PageSet {
         self.differing_runs(range, false)
     }
 
-    /// The maximal runs of `range` whose state is not `value`, ascending: what [`set`](Self::set) would change.
+    /// The maximal runs of `range` whose state is not `value`, ascending: what [`PageSet::set`](super::PageSet::set) would change.
     ///
     /// Skips 64 MiB of the wanted state per load, and allocates nothing.
     pub fn differing_runs(&self, range: GfnRange, value: bool) -> impl Iterator<Item = GfnRange> {

@@ -1,17 +1,20 @@
 //! Every way in which an exit is answered: what the guest gets, what the VMM is told, and what has changed.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use cvm_memory::addr::{FilePage, Gfn, GfnRange, PAGE_SIZE};
-use cvm_memory::convert::{DiscardPolicy, PinPolicy, Request, State};
+use cvm_memory::backing::SharedMemory;
+use cvm_memory::backing::SharedSlice;
+use cvm_memory::convert::{DiscardPolicy, Listener, ListenerError, PinPolicy, Request, SharedRun, State};
 use cvm_memory::exits::{Action, ExitOptions, GuestError, Handled, VcpuExits};
 use cvm_memory::hypervisor::{Exit, HypercallExit, Hypervisor, MemoryFault, Platform, Vcpu};
-use cvm_memory::layout::SlotId;
-use cvm_memory::memory::{Builder, CvmMemory};
+use cvm_memory::layout::{SlotFlags, SlotId};
+use cvm_memory::memory::{Builder, CvmMemory, SlotSpec};
 use cvm_memory::soft::{Arch, GuestOp, OpResult, SoftVcpu, SoftVm};
 use cvm_memory_testkit::{Call, Recorder};
 use nix::errno::Errno;
 
+const GIB: u64 = 1 << 30;
 const RAM: u64 = 8 << 20;
 const EINVAL: u64 = 22;
 const EAGAIN: u64 = 11;
@@ -132,6 +135,72 @@ fn a_good_request_is_answered_with_zero_and_done() {
     // A whole device window, declared shared: nothing to do.
     assert_eq!(machine.ask([RAM, 1 << 18, 0, 0]), EINVAL, "the window has memory without a private side in it");
     assert_eq!(machine.ask([RAM, 1 << 16, 0, 0]), 0);
+}
+
+/// Byte ranges that devices were told of, by slot.
+#[derive(Debug, Default)]
+struct Mapped(Mutex<Vec<(u64, u64)>>);
+
+impl Listener for Mapped {
+    fn map(&self, run: &SharedRun) -> Result<(), ListenerError> {
+        let mut mapped = self.0.lock().unwrap();
+        let (start, bytes) = (run.gfns.start_byte(), run.gfns.bytes());
+        match mapped.last_mut() {
+            // One conversion comes slot by slot.
+            Some((first, length)) if *first + *length == start && start % GIB != GIB / 2 => *length += bytes,
+            _ => mapped.push((start, bytes)),
+        }
+        Ok(())
+    }
+
+    fn unmap(&self, _: &SharedRun) {}
+}
+
+/// What a guest asks for at once is carried out a gibibyte at a time; whether it can be is known before.
+#[test]
+fn a_huge_request_is_carried_out_in_pieces() {
+    let vm = SoftVm::tagged();
+    let recorder = Recorder::new(vm.clone());
+    let slot = |gpa| SlotSpec {
+        id: None,
+        gpa,
+        size: 2 * GIB,
+        shared: SharedSlice { backing: Arc::new(SharedMemory::new(2 * GIB).unwrap()), offset: 0 },
+        private: Some((Arc::new(recorder.create_guest_memfd(2 * GIB, 0).unwrap()), FilePage::ZERO)),
+        flags: SlotFlags::empty(),
+    };
+    let builder = CvmMemory::builder().slot(slot(0)).slot(slot(2 * GIB)).plain_ram(8 * GIB, PAGE_SIZE);
+    let memory = Arc::new(builder.build(Arc::new(recorder.clone())).unwrap());
+    let mut exits = VcpuExits::new(Arc::clone(&memory));
+    let all = GfnRange::from_bytes(0, 4 * GIB).unwrap();
+    let mapped = Arc::new(Mapped::default());
+    let listener: Arc<dyn Listener> = mapped.clone();
+    memory.add_listener(&listener).unwrap();
+    mapped.0.lock().unwrap().clear();
+    recorder.take();
+    let mut ask = |gpa: u64, bytes: u64, attributes| {
+        let args = [gpa, bytes / PAGE_SIZE, attributes, 0, 0, 0];
+        let mut ret = 77;
+        let call = HypercallExit { nr: HypercallExit::MAP_GPA_RANGE, args, ret: &mut ret };
+        let action = exits.handle(&mut Exit::Hypercall(call));
+        (ret, action)
+    };
+    // Refused for its last page, before its first is converted.
+    assert_eq!(ask(4096, 8 * GIB, 0).0, EINVAL);
+    assert_eq!(memory.converter().declared().count(all), all.pages());
+    assert_eq!(recorder.take(), []);
+
+    // An unaligned range, the end of which is a hole: half a gibibyte, two of a slot's other parts, and two more.
+    let (answer, action) = ask(GIB / 2, 5 * GIB, 0);
+    assert_eq!(answer, 0);
+    let pages = (4 * GIB - GIB / 2) / PAGE_SIZE;
+    assert!(matches!(action, Action::Resume(Handled::Converted { pages: done }) if done == pages), "{action:?}");
+    assert_eq!(memory.converter().declared().count(all), all.pages() - pages);
+    let mapped = std::mem::take(&mut *mapped.0.lock().unwrap());
+    assert_eq!(mapped, [(GIB / 2, GIB), (3 * GIB / 2, GIB), (5 * GIB / 2, GIB), (7 * GIB / 2, GIB / 2)]);
+    assert_eq!(memory.statistics().requests.requests, 2);
+    // Again, nothing is left to do.
+    assert!(matches!(ask(GIB / 2, 5 * GIB, 0).1, Action::Resume(Handled::Unchanged)));
 }
 
 #[test]

@@ -208,9 +208,38 @@ impl Converter {
     /// # Errors
     /// [`ConvertError`]: nothing has happened.
     pub fn convert(&self, request: &Request) -> Result<Outcome, ConvertError> {
+        self.counted(|| self.try_convert(request))
+    }
+
+    /// [`convert`](Self::convert) in pieces of at most `pages` pages, so that what is planned at a time is bounded, whatever a guest
+    /// has made of its memory and asks for: a run of pages of one state costs some 200 bytes. Whether the range can be converted at all
+    /// is known before the first piece. If a later one fails, those before it stay converted.
+    ///
+    /// # Errors
+    /// As [`convert`](Self::convert).
+    pub fn convert_in_pieces(&self, request: &Request, pages: u64) -> Result<Outcome, ConvertError> {
+        self.counted(|| {
+            if request.range.pages() <= pages {
+                return self.try_convert(request);
+            }
+            // Of what is not memory, which may be most of it, there are no pieces.
+            let memory = admit(request, &self.space.load())?;
+            let mut converted = 0_u64;
+            for range in memory.iter().flat_map(|gfns| gfns.split_every(pages)) {
+                match self.try_convert(&Request { range, ..*request })? {
+                    Outcome::Unchanged => {}
+                    Outcome::Converted { pages } => converted = converted.saturating_add(pages),
+                    failed => return Ok(failed),
+                }
+            }
+            Ok(if converted == 0 { Outcome::Unchanged } else { Outcome::Converted { pages: converted } })
+        })
+    }
+
+    fn counted(&self, convert: impl FnOnce() -> Result<Outcome, ConvertError>) -> Result<Outcome, ConvertError> {
         let counters = &self.counters.requests;
         counters.requests.add(1);
-        let outcome = self.try_convert(request).inspect_err(|_| counters.refused.add(1))?;
+        let outcome = convert().inspect_err(|_| counters.refused.add(1))?;
         if let DiscardPolicy::Deferred { budget } = self.options.discard
             && self.deferred_bytes() > budget
         {

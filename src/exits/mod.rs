@@ -25,7 +25,7 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
-use crate::addr::{Gfn, GfnRange, Gpa};
+use crate::addr::{Gfn, GfnRange, Gpa, PAGES_PER_1G};
 use crate::convert::{ConvertError, LockError, Outcome, Request, RequestError, State, StepError};
 use crate::hypervisor::{Exit, HypercallExit, MemoryFault};
 use crate::memory::CvmMemory;
@@ -69,7 +69,8 @@ pub enum Handled {
     },
     /// Nothing was left to do: somebody else had done it, or the pages were in that state.
     Unchanged,
-    /// The guest was told that its request failed, and that nothing has changed.
+    /// The guest was told that its request failed. Nothing has changed; of a request for more than 1 GiB, some of what comes first may
+    /// have been converted.
     Refused,
     /// The guest was told to ask again: it has had its [budget](ExitOptions::budget) of conversions for now.
     Postponed,
@@ -135,6 +136,10 @@ impl Default for ExitOptions {
         Self { implicit_conversion: true, repeats: 64, budget: None }
     }
 }
+
+/// Pages of a guest's request that are planned at a time: at worst, 1 GiB in which every page differs from the next is some 30 MiB of
+/// plan.
+const PIECE: u64 = PAGES_PER_1G;
 
 /// Handles the exits of one vCPU.
 ///
@@ -216,7 +221,7 @@ impl VcpuExits {
                 *exit.ret = self.errno(true);
                 return Action::Resume(Handled::Postponed);
             }
-            Ok(request) => self.memory.convert(&request).map_err(Refused::from),
+            Ok(request) => self.memory.converter().convert_in_pieces(&request, PIECE).map_err(Refused::from),
             Err(error) => Err(Refused::from(error)),
         };
         let (answer, action) = match result {

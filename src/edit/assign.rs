@@ -6,7 +6,7 @@
 use crate::addr::GfnRange;
 use crate::layout::SlotFlags;
 
-use super::draft::Old;
+use super::draft::Slots;
 use super::pieces::Piece;
 use super::region::Region;
 use super::tile::{Aim, Fit, Run, Tile};
@@ -30,7 +30,7 @@ pub(super) enum Fate {
     Goes,
 }
 
-/// A slot of the layout to be, and the old one that it is.
+/// A slot of the layout to be that takes a call, and the old one that it is.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Final {
     pub(super) region: Region,
@@ -41,7 +41,7 @@ pub(super) fn fate(fates: &[Fate], old: Option<usize>) -> Option<Fate> {
     fates.get(old?).copied()
 }
 
-/// The slots to be, and what becomes of those that are.
+/// The slots to be that take a call, ascending, and what becomes of those that are.
 pub(super) struct Assignment {
     pub(super) finals: Vec<Final>,
     pub(super) fates: Vec<Fate>,
@@ -58,8 +58,9 @@ impl Assignment {
 }
 
 /// Cuts the memory into slots and finds the old ones among them. Those in `stuck` may not move.
-pub(super) fn assign(pieces: &[Piece], old: &[Old], prefer: Prefer, limit: u64, stuck: &[usize]) -> Assignment {
-    let mut fates = vec![Fate::Goes; old.len()];
+pub(super) fn assign(pieces: &[Piece], old: &Slots, prefer: Prefer, limit: u64, stuck: &[usize]) -> Assignment {
+    let slots = old.all();
+    let mut fates = vec![Fate::Goes; slots.len()];
     let mut finals: Vec<Final> = Vec::with_capacity(pieces.len());
     // Of the new slots, those that may not be cut anywhere.
     let mut uncut: Vec<(usize, Vec<GfnRange>)> = Vec::new();
@@ -74,24 +75,26 @@ pub(super) fn assign(pieces: &[Piece], old: &[Old], prefer: Prefer, limit: u64, 
         let region = Region { gfns: first.gfns().hull(&last.gfns()), ..first.region };
         let run = Run { gfns: region.gfns, wholes: &wholes, limit };
         // Old slots ascend as runs do.
-        while old.get(next_old).is_some_and(|old| old.region.gfns.start() < run.gfns.start()) {
+        while slots.get(next_old).is_some_and(|slot| slot.gfns.start() < run.gfns.start()) {
             next_old = next_old.saturating_add(1);
         }
-        let beside = old.get(next_old..).unwrap_or_default();
-        let beside = beside.iter().take_while(|old| old.region.gfns.start() < run.gfns.end());
-        let fits = beside.enumerate().filter_map(|(at, old)| {
-            let fits = run.admits(old.region.gfns) && old.region.agrees(&region);
-            let extra = if old.region.flags == region.flags { -1 } else { 0 };
-            fits.then_some(Fit { gfns: old.region.gfns, old: next_old.saturating_add(at), extra })
+        let beside = slots.iter().enumerate().skip(next_old);
+        let beside = beside.take_while(|(_, slot)| slot.gfns.start() < run.gfns.end());
+        let fits = beside.filter_map(|(at, slot)| {
+            let fits = run.admits(slot.gfns) && old.region(at)?.agrees(&region);
+            let extra = if slot.flags == region.flags { -1 } else { 0 };
+            fits.then_some(Fit { gfns: slot.gfns, old: at, extra })
         });
         let mut emit = |tile: Tile| {
-            let Some(part) = region.part(tile.gfns) else { return };
-            if let Some((old, fate)) = tile.old.and_then(|at| Some((old.get(at)?, fates.get_mut(at)?))) {
-                *fate = if old.region.flags == part.flags { Fate::Stays } else { Fate::Flags };
+            if let Some((slot, fate)) = tile.old.and_then(|at| Some((slots.get(at)?, fates.get_mut(at)?))) {
+                *fate = if slot.flags == region.flags { Fate::Stays } else { Fate::Flags };
+                if *fate == Fate::Stays {
+                    return;
+                }
             } else if !wholes.is_empty() {
                 uncut.push((finals.len(), wholes.clone()));
             }
-            finals.push(Final { region: part, old: tile.old });
+            finals.extend(region.part(tile.gfns).map(|region| Final { region, old: tile.old }));
         };
         match prefer {
             // One slot: that which is there already, if it is the same.
@@ -107,7 +110,7 @@ pub(super) fn assign(pieces: &[Piece], old: &[Old], prefer: Prefer, limit: u64, 
         }
     }
     let movers = Movers::new(old, &fates, stuck);
-    let mut taken = vec![false; old.len()];
+    let mut taken = vec![false; slots.len()];
     let long = |of: &Final| of.old.is_none() && of.region.gfns.pages() > limit;
     if prefer == Prefer::NoInterruption && (movers.any_for(&finals) || finals.iter().any(long)) {
         finals = fill_gaps(&finals, &uncut, &movers, old, limit, &mut taken);
@@ -116,9 +119,8 @@ pub(super) fn assign(pieces: &[Piece], old: &[Old], prefer: Prefer, limit: u64, 
     let mut cursor = 0;
     for of in finals.iter_mut().filter(|of| of.old.is_none()) {
         let same = movers.at(of.region.hva, &mut cursor).find(|&at| {
-            let same = |old: &Old| old.region.gfns.pages() == of.region.gfns.pages();
-            taken.get(at) == Some(&false)
-                && old.get(at).is_some_and(|old| same(old) && movable(&old.region, &of.region))
+            let same = |old: &Region| old.gfns.pages() == of.region.gfns.pages() && movable(old, &of.region);
+            taken.get(at) == Some(&false) && old.region(at).is_some_and(|old| same(&old))
         });
         if let Some((at, taken)) = same.and_then(|at| Some((at, taken.get_mut(at)?))) {
             *taken = true;
@@ -140,7 +142,7 @@ fn fill_gaps(
     finals: &[Final],
     uncut: &[(usize, Vec<GfnRange>)],
     movers: &Movers,
-    old: &[Old],
+    old: &Slots,
     limit: u64,
     taken: &mut [bool],
 ) -> Vec<Final> {
@@ -198,11 +200,11 @@ fn movable(old: &Region, new: &Region) -> bool {
 struct Movers(Vec<(u64, usize)>);
 
 impl Movers {
-    fn new(old: &[Old], fates: &[Fate], stuck: &[usize]) -> Self {
-        let going = old.iter().zip(fates).enumerate().filter(|(at, (old, fate))| {
-            **fate == Fate::Goes && !old.region.flags.contains(SlotFlags::GUEST_MEMFD) && !stuck.contains(at)
+    fn new(old: &Slots, fates: &[Fate], stuck: &[usize]) -> Self {
+        let going = old.all().iter().zip(fates).enumerate().filter(|(at, (slot, fate))| {
+            **fate == Fate::Goes && !slot.flags.contains(SlotFlags::GUEST_MEMFD) && !stuck.contains(at)
         });
-        let mut movers: Vec<_> = going.map(|(at, (old, _))| (old.region.hva, at)).collect();
+        let mut movers: Vec<_> = going.map(|(at, (slot, _))| (slot.hva, at)).collect();
         movers.sort_unstable();
         Self(movers)
     }
@@ -231,18 +233,18 @@ impl Movers {
     }
 
     /// Those whose memory is part of `region`, at their places in it.
-    fn fits(&self, region: &Region, run: &Run<'_>, old: &[Old], taken: &[bool]) -> Vec<Fit> {
+    fn fits(&self, region: &Region, run: &Run<'_>, old: &Slots, taken: &[bool]) -> Vec<Fit> {
         let end = region.hva.saturating_add(region.gfns.bytes());
         let first = self.0.partition_point(|(hva, _)| *hva < region.hva);
         let mut fits = Vec::new();
         for (hva, at) in self.0.iter().skip(first).take_while(|(hva, _)| *hva < end) {
-            let Some(mover) = old.get(*at).filter(|_| taken.get(*at) == Some(&false)) else { continue };
+            let Some(mover) = old.region(*at).filter(|_| taken.get(*at) == Some(&false)) else { continue };
             let skip = hva.saturating_sub(region.hva) >> crate::addr::PAGE_SHIFT;
             let start = region.gfns.start().checked_add(skip);
-            let Some(gfns) = start.and_then(|start| GfnRange::with_len(start, mover.region.gfns.pages()).ok()) else {
+            let Some(gfns) = start.and_then(|start| GfnRange::with_len(start, mover.gfns.pages()).ok()) else {
                 continue;
             };
-            if run.admits(gfns) && movable(&mover.region, region) {
+            if run.admits(gfns) && movable(&mover, region) {
                 fits.push(Fit { gfns, old: *at, extra: 0 });
             }
         }

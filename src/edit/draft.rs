@@ -8,7 +8,7 @@
 use std::sync::Arc;
 
 use crate::addr::GfnRange;
-use crate::layout::{Layout, Memslot, SlotId};
+use crate::layout::{Layout, Memslot, SlotId, SlotTable};
 
 use super::error::{Label, Reason, Refused};
 use super::operation::Operation;
@@ -39,8 +39,7 @@ use super::sweep;
 pub struct Draft {
     pub(super) as_id: u16,
     pub(super) pieces: Pieces,
-    /// The slots as they are, and the mappings of their memory.
-    pub(super) old: Arc<Vec<Old>>,
+    pub(super) old: Slots,
     asked: Vec<Asked>,
     name: Option<Arc<str>>,
 }
@@ -52,28 +51,48 @@ struct Asked {
     ops: Vec<Operation>,
 }
 
-/// A slot as it is, and its mapping.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Old {
-    pub(super) id: SlotId,
-    pub(super) region: Region,
+/// The slots as they are, and in which mappings their memory lies. Cheap to clone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Slots {
+    table: Arc<SlotTable>,
+    as_id: u16,
+    mappings: Arc<[u64]>,
+}
+
+impl Slots {
+    /// All of them, ascending by frame.
+    pub(super) fn all(&self) -> &[Memslot] {
+        self.table.space(self.as_id).slots()
+    }
+
+    pub(super) fn get(&self, at: usize) -> Option<&Memslot> {
+        self.all().get(at)
+    }
+
+    /// The memory of one.
+    pub(super) fn region(&self, at: usize) -> Option<Region> {
+        Some(Region::of(self.get(at)?, *self.mappings.get(at)?))
+    }
+
+    fn regions(&self) -> impl Iterator<Item = Region> {
+        self.all().iter().zip(self.mappings.iter()).map(|(slot, mapping)| Region::of(slot, *mapping))
+    }
 }
 
 impl Draft {
     /// The layout as it is, in address space `as_id`. `mapping` tells in which mapping of this process a slot's shared
     /// memory lies, by that mapping's address.
     pub fn new(layout: &Layout, as_id: u16, mapping: impl Fn(&Memslot) -> u64) -> Self {
-        let slots = layout.table().space(as_id).slots();
-        let old: Vec<Old> =
-            slots.iter().map(|slot| Old { id: slot.id, region: Region::of(slot, mapping(slot)) }).collect();
-        let mut pieces: Vec<Piece> = old.iter().map(|old| Piece::new(old.region)).collect();
+        let mappings = layout.table().space(as_id).slots().iter().map(mapping).collect();
+        let old = Slots { table: layout.snapshot(), as_id, mappings };
         let mut end = None;
-        for piece in &mut pieces {
+        let pieces = old.regions().map(|region| {
             // Slots that touch are two because somebody wanted two.
-            piece.cut = end == Some(piece.gfns().start());
-            end = Some(piece.gfns().end());
-        }
-        Self { as_id, pieces: Pieces(pieces), old: Arc::new(old), asked: Vec::new(), name: None }
+            let cut = end == Some(region.gfns.start());
+            end = Some(region.gfns.end());
+            Piece { cut, ..Piece::new(region) }
+        });
+        Self { as_id, pieces: Pieces(pieces.collect()), old, asked: Vec::new(), name: None }
     }
 
     /// The address space.
@@ -115,7 +134,7 @@ impl Draft {
     /// # Errors
     /// [`Reason::UnknownSlot`].
     pub fn slot(&self, id: SlotId) -> Result<GfnRange, Refused> {
-        let found = self.old.iter().find(|old| old.id == id).map(|old| old.region.gfns);
+        let found = self.old.all().iter().find(|slot| slot.id == id).map(|slot| slot.gfns);
         found.ok_or_else(|| self.refused("slot", Reason::UnknownSlot { id }))
     }
 

@@ -19,26 +19,26 @@ pub(super) fn assign(
 ) -> Result<(), PlanError> {
     let mut created = finals;
     created.retain(|of| of.old.is_none());
-    created.sort_by_key(|of| of.region.gfns.start());
     let limit = u16::try_from(layout.limits().slots_per_address_space).unwrap_or(u16::MAX);
-    let mut used: Vec<u16> = draft.old.iter().map(|old| old.id.id).collect();
+    let mut used: Vec<u16> = draft.old.all().iter().map(|slot| slot.id.id).collect();
     used.sort_unstable();
     let mut used = used.into_iter().peekable();
     let fresh = (0..limit).filter(move |id| used.next_if_eq(id).is_none());
     // Each ascends and overlaps nothing of itself, so one pass finds out who replaces whom.
-    let mut gone = draft.old.iter().zip(fates).filter(|(_, fate)| **fate == Fate::Goes).map(|(old, _)| old).peekable();
+    let gone = draft.old.all().iter().zip(fates).filter(|(_, fate)| **fate == Fate::Goes);
+    let mut gone = gone.map(|(slot, _)| slot).peekable();
     let mut unused = Vec::new();
     let mut inherited = Vec::with_capacity(created.len());
     for of in &created {
         let gfns = of.region.gfns;
-        while let Some(gone) = gone.next_if(|old| old.region.gfns.end() <= gfns.start()) {
+        while let Some(gone) = gone.next_if(|slot| slot.gfns.end() <= gfns.start()) {
             unused.push(gone.id.id);
         }
-        inherited.push(gone.next_if(|old| old.region.gfns.start() < gfns.end()).map(|old| old.id.id));
+        inherited.push(gone.next_if(|slot| slot.gfns.start() < gfns.end()).map(|slot| slot.id.id));
     }
     unused.extend(gone.map(|old| old.id.id));
     let kept = inherited.iter().flatten().count();
-    let free = usize::from(limit).saturating_sub(draft.old.len()).saturating_add(kept).saturating_add(unused.len());
+    let free = usize::from(limit).saturating_sub(draft.old.all().len()).saturating_add(kept).saturating_add(unused.len());
     let needed = created.len();
     if needed > free {
         return Err(PlanError::NoFreeId { needed, free });

@@ -4,13 +4,13 @@
 //! be deleted and created instead; which ones is searched for exhaustively while the circles are small.
 
 use super::assign::{Assignment, Final};
-use super::draft::Old;
+use super::draft::Slots;
 
 /// Circles of more slots than this are broken one by one instead of in the best way.
 const EXHAUSTIVE: usize = 10;
 
 /// An assignment whose moves have an order, in that order. `assign` makes one in which the slots given do not move.
-pub(super) fn acyclic(old: &[Old], assign: impl Fn(&[usize]) -> Assignment) -> Assignment {
+pub(super) fn acyclic(old: &Slots, assign: impl Fn(&[usize]) -> Assignment) -> Assignment {
     let mut stuck: Vec<usize> = Vec::new();
     loop {
         let mut first = assign(&stuck);
@@ -36,10 +36,10 @@ pub(super) fn acyclic(old: &[Old], assign: impl Fn(&[usize]) -> Assignment) -> A
 }
 
 /// Puts the moves in order. Returns the old slots that are in circles, or wait for one.
-fn sort(assignment: &mut Assignment, old: &[Old]) -> Vec<usize> {
+fn sort(assignment: &mut Assignment, old: &Slots) -> Vec<usize> {
     let Assignment { finals, moves, .. } = assignment;
     // Where the movers are now: positions in `moves`, ascending by frame.
-    let place = |of: &Final| Some(old.get(of.old?)?.region.gfns);
+    let place = |of: &Final| Some(old.get(of.old?)?.gfns);
     let target = |index: &usize| finals.get(*index);
     let mut places: Vec<_> =
         moves.iter().enumerate().filter_map(|(at, index)| Some((place(target(index)?)?, at))).collect();

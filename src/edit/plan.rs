@@ -15,7 +15,7 @@ use crate::addr::GfnRange;
 use crate::layout::{Layout, LayoutError, Memslot, SlotFlags, SlotId};
 
 use super::assign::{Assignment, Fate, Final, Prefer, assign, fate};
-use super::draft::{Draft, Old};
+use super::draft::Draft;
 use super::error::PlanError;
 use super::ids;
 use super::order;
@@ -144,15 +144,14 @@ pub fn steps(layout: &Layout, draft: &Draft, prefer: Prefer) -> Result<Vec<Step>
     let limit = layout.limits().pages_per_slot;
     let assignment = order::acyclic(&draft.old, |stuck| assign(&draft.pieces.0, &draft.old, prefer, limit, stuck));
     let Assignment { finals, fates, moves } = assignment;
-    let old_slot = |old: &Old| old.region.slot(old.id);
-
     let changing = fates.iter().filter(|fate| **fate != Fate::Stays).count();
-    let mut steps: Vec<Step> = Vec::with_capacity(changing.saturating_add(finals.len()));
-    let going = draft.old.iter().zip(&fates).filter(|(_, fate)| **fate == Fate::Goes);
-    steps.extend(going.map(|(old, _)| Step::Delete(old_slot(old))));
+    let created = finals.iter().filter(|of| of.old.is_none()).count();
+    let mut steps: Vec<Step> = Vec::with_capacity(changing.saturating_add(created));
+    let going = draft.old.all().iter().zip(&fates).filter(|(_, fate)| **fate == Fate::Goes);
+    steps.extend(going.map(|(slot, _)| Step::Delete(*slot)));
     let renewed = |of: &Final| {
         let old = draft.old.get(of.old?)?;
-        Some((old_slot(old), of.region.slot(old.id)))
+        Some((*old, of.region.slot(old.id)))
     };
     let moving = moves.iter().filter_map(|index| renewed(finals.get(*index)?));
     steps.extend(moving.map(|(from, to)| Step::Move { from, to }));

@@ -30,30 +30,28 @@ pub(super) enum Fate {
     Goes,
 }
 
-/// A slot of the layout to be that takes a call, and the old one that it is.
+/// An old slot, and what it will be.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Final {
+pub(super) struct Renewed {
+    pub(super) old: usize,
     pub(super) region: Region,
-    pub(super) old: Option<usize>,
 }
 
-pub(super) fn fate(fates: &[Fate], old: Option<usize>) -> Option<Fate> {
-    fates.get(old?).copied()
-}
-
-/// The slots to be that take a call, ascending, and what becomes of those that are.
+/// What becomes of the slots that are, and the slots that are to come.
 pub(super) struct Assignment {
-    pub(super) finals: Vec<Final>,
     pub(super) fates: Vec<Fate>,
-    /// Positions in `finals` of those that move, in the order in which they must.
-    pub(super) moves: Vec<usize>,
+    /// Of the old slots, those that change flags where they are.
+    pub(super) relogged: Vec<Renewed>,
+    /// Of the old slots, those that move, in the order in which they must.
+    pub(super) moved: Vec<Renewed>,
+    /// New ones, ascending.
+    pub(super) created: Vec<Region>,
 }
 
 impl Assignment {
     /// Calls that it takes.
     pub(super) fn calls(&self) -> usize {
-        let created = self.finals.iter().filter(|of| of.old.is_none()).count();
-        self.fates.iter().filter(|fate| **fate != Fate::Stays).count().saturating_add(created)
+        self.fates.iter().filter(|fate| **fate != Fate::Stays).count().saturating_add(self.created.len())
     }
 }
 
@@ -61,7 +59,7 @@ impl Assignment {
 pub(super) fn assign(pieces: &[Piece], old: &Slots, prefer: Prefer, limit: u64, stuck: &[usize]) -> Assignment {
     let slots = old.all();
     let mut fates = vec![Fate::Goes; slots.len()];
-    let mut finals: Vec<Final> = Vec::with_capacity(pieces.len());
+    let (mut created, mut relogged) = (Vec::with_capacity(pieces.len()), Vec::new());
     // Of the new slots, those that may not be cut anywhere.
     let mut uncut: Vec<(usize, Vec<GfnRange>)> = Vec::new();
     let (mut rest, mut wholes, mut next_old) = (pieces, Vec::new(), 0_usize);
@@ -86,15 +84,18 @@ pub(super) fn assign(pieces: &[Piece], old: &Slots, prefer: Prefer, limit: u64, 
             fits.then_some(Fit { gfns: slot.gfns, old: at, extra })
         });
         let mut emit = |tile: Tile| {
-            if let Some((slot, fate)) = tile.old.and_then(|at| Some((slots.get(at)?, fates.get_mut(at)?))) {
-                *fate = if slot.flags == region.flags { Fate::Stays } else { Fate::Flags };
-                if *fate == Fate::Stays {
-                    return;
+            let Some((at, slot)) = tile.old.and_then(|at| Some((at, slots.get(at)?))) else {
+                if !wholes.is_empty() {
+                    uncut.push((created.len(), wholes.clone()));
                 }
-            } else if !wholes.is_empty() {
-                uncut.push((finals.len(), wholes.clone()));
+                created.extend(region.part(tile.gfns));
+                return;
+            };
+            let fate = if slot.flags == region.flags { Fate::Stays } else { Fate::Flags };
+            if fate == Fate::Flags {
+                relogged.extend(region.part(tile.gfns).map(|region| Renewed { old: at, region }));
             }
-            finals.extend(region.part(tile.gfns).map(|region| Final { region, old: tile.old }));
+            fates.get_mut(at).into_iter().for_each(|of| *of = fate);
         };
         match prefer {
             // One slot: that which is there already, if it is the same.
@@ -110,60 +111,47 @@ pub(super) fn assign(pieces: &[Piece], old: &Slots, prefer: Prefer, limit: u64, 
         }
     }
     let movers = Movers::new(old, &fates, stuck);
-    let mut taken = vec![false; slots.len()];
-    let long = |of: &Final| of.old.is_none() && of.region.gfns.pages() > limit;
-    if prefer == Prefer::NoInterruption && (movers.any_for(&finals) || finals.iter().any(long)) {
-        finals = fill_gaps(&finals, &uncut, &movers, old, limit, &mut taken);
+    let near = movers.any_for(&created);
+    let mut moved = Vec::new();
+    let long = |region: &Region| region.gfns.pages() > limit;
+    if prefer == Prefer::NoInterruption && (near || created.iter().any(long)) {
+        created = fill_gaps(&created, &uncut, &movers, old, limit, &mut moved);
     }
-    // What is to be created exactly as a slot that would go, but elsewhere, is that slot.
-    let mut cursor = 0;
-    for of in finals.iter_mut().filter(|of| of.old.is_none()) {
-        let same = movers.at(of.region.hva, &mut cursor).find(|&at| {
-            let same = |old: &Region| old.gfns.pages() == of.region.gfns.pages() && movable(old, &of.region);
-            taken.get(at) == Some(&false) && old.region(at).is_some_and(|old| same(&old))
-        });
-        if let Some((at, taken)) = same.and_then(|at| Some((at, taken.get_mut(at)?))) {
-            *taken = true;
-            of.old = Some(at);
-        }
+    if near {
+        movers.rename(&mut created, old, &mut moved);
     }
-    for (fate, taken) in fates.iter_mut().zip(&taken) {
-        if *taken {
-            *fate = Fate::Moves;
-        }
+    for Renewed { old, .. } in &moved {
+        fates.get_mut(*old).into_iter().for_each(|fate| *fate = Fate::Moves);
     }
-    let moves = finals.iter().enumerate().filter(|(_, of)| fate(&fates, of.old) == Some(Fate::Moves));
-    let moves = moves.map(|(at, _)| at).collect();
-    Assignment { finals, fates, moves }
+    Assignment { fates, relogged, moved, created }
 }
 
 /// Cuts what is to be created: where slots that would go fit exactly, they move there.
 fn fill_gaps(
-    finals: &[Final],
+    created: &[Region],
     uncut: &[(usize, Vec<GfnRange>)],
     movers: &Movers,
     old: &Slots,
     limit: u64,
-    taken: &mut [bool],
-) -> Vec<Final> {
-    let mut filled = Vec::with_capacity(finals.len());
-    for (index, of) in finals.iter().enumerate() {
-        if of.old.is_some() {
-            filled.push(*of);
-            continue;
-        }
+    moved: &mut Vec<Renewed>,
+) -> Vec<Region> {
+    let mut left = Vec::with_capacity(created.len());
+    let mut taken = vec![false; old.all().len()];
+    for (index, region) in created.iter().enumerate() {
         let whole = uncut.binary_search_by_key(&index, |(index, _)| *index).ok().and_then(|at| uncut.get(at));
-        let run = Run { gfns: of.region.gfns, wholes: whole.map_or(&[], |(_, wholes)| wholes), limit };
-        let fits = movers.fits(&of.region, &run, old, taken);
-        for tile in run.cover(of.region.gfns, &fits, Aim::Calls) {
-            let Some(part) = of.region.part(tile.gfns) else { continue };
-            if let Some(taken) = tile.old.and_then(|at| taken.get_mut(at)) {
+        let run = Run { gfns: region.gfns, wholes: whole.map_or(&[], |(_, wholes)| wholes), limit };
+        let fits = movers.fits(region, &run, old, &taken);
+        for tile in run.cover(region.gfns, &fits, Aim::Calls) {
+            let Some(region) = region.part(tile.gfns) else { continue };
+            if let Some((at, taken)) = tile.old.and_then(|at| Some((at, taken.get_mut(at)?))) {
                 *taken = true;
+                moved.push(Renewed { old: at, region });
+            } else {
+                left.push(region);
             }
-            filled.push(Final { region: part, old: tile.old });
         }
     }
-    filled
+    left
 }
 
 /// How many pieces could be one slot.
@@ -221,13 +209,32 @@ impl Movers {
         self.0.iter().skip(*cursor).take_while(move |(other, _)| *other == hva).map(|(_, at)| *at)
     }
 
+    /// What is to be created exactly as a slot that would go, but elsewhere, is that slot.
+    fn rename(&self, created: &mut Vec<Region>, old: &Slots, moved: &mut Vec<Renewed>) {
+        let mut cursor = 0;
+        let mut taken = vec![false; old.all().len()];
+        for Renewed { old, .. } in &*moved {
+            taken.get_mut(*old).into_iter().for_each(|taken| *taken = true);
+        }
+        created.retain(|region| {
+            let same = |old: &Region| old.gfns.pages() == region.gfns.pages() && movable(old, region);
+            let mut those = self.at(region.hva, &mut cursor);
+            let free = those.find(|at| taken.get(*at) == Some(&false) && old.region(*at).is_some_and(|old| same(&old)));
+            if let Some(at) = free {
+                taken.get_mut(at).into_iter().for_each(|taken| *taken = true);
+                moved.push(Renewed { old: at, region: *region });
+            }
+            free.is_none()
+        });
+    }
+
     /// Whether the memory of any of them begins in that of a new slot.
-    fn any_for(&self, finals: &[Final]) -> bool {
+    fn any_for(&self, created: &[Region]) -> bool {
         let mut cursor = 0;
         !self.0.is_empty()
-            && finals.iter().filter(|of| of.old.is_none()).any(|of| {
-                let _exactly = self.at(of.region.hva, &mut cursor).next();
-                let end = of.region.hva.saturating_add(of.region.gfns.bytes());
+            && created.iter().any(|region| {
+                let _exactly = self.at(region.hva, &mut cursor).next();
+                let end = region.hva.saturating_add(region.gfns.bytes());
                 self.0.get(cursor).is_some_and(|(hva, _)| *hva < end)
             })
     }

@@ -38,7 +38,8 @@ use super::sweep;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Draft {
     pub(super) as_id: u16,
-    pub(super) pieces: Pieces,
+    /// `None` while nothing has been asked for: as the slots are.
+    pub(super) pieces: Option<Pieces>,
     pub(super) old: Slots,
     asked: Vec<Asked>,
     name: Option<Arc<str>>,
@@ -74,8 +75,19 @@ impl Slots {
         Some(Region::of(self.get(at)?, *self.mappings.get(at)?))
     }
 
-    fn regions(&self) -> impl Iterator<Item = Region> {
+    fn regions(&self) -> impl ExactSizeIterator<Item = Region> {
         self.all().iter().zip(self.mappings.iter()).map(|(slot, mapping)| Region::of(slot, *mapping))
+    }
+
+    /// As pieces.
+    fn pieces(&self) -> impl ExactSizeIterator<Item = Piece> {
+        let mut end = None;
+        self.regions().map(move |region| {
+            // Slots that touch are two because somebody wanted two.
+            let cut = end == Some(region.gfns.start());
+            end = Some(region.gfns.end());
+            Piece { cut, ..Piece::new(region) }
+        })
     }
 }
 
@@ -85,14 +97,7 @@ impl Draft {
     pub fn new(layout: &Layout, as_id: u16, mapping: impl Fn(&Memslot) -> u64) -> Self {
         let mappings = layout.table().space(as_id).slots().iter().map(mapping).collect();
         let old = Slots { table: layout.snapshot(), as_id, mappings };
-        let mut end = None;
-        let pieces = old.regions().map(|region| {
-            // Slots that touch are two because somebody wanted two.
-            let cut = end == Some(region.gfns.start());
-            end = Some(region.gfns.end());
-            Piece { cut, ..Piece::new(region) }
-        });
-        Self { as_id, pieces: Pieces(pieces.collect()), old, asked: Vec::new(), name: None }
+        Self { as_id, pieces: None, old, asked: Vec::new(), name: None }
     }
 
     /// The address space.
@@ -125,8 +130,9 @@ impl Draft {
     }
 
     /// What memory there would be, ascending.
-    pub fn regions(&self) -> impl Iterator<Item = &Region> {
-        self.pieces.0.iter().map(|piece| &piece.region)
+    pub fn regions(&self) -> impl Iterator<Item = Region> {
+        let as_is = self.pieces.is_none().then(|| self.old.regions());
+        as_is.into_iter().flatten().chain(self.pieces.iter().flat_map(|pieces| &pieces.0).map(|piece| piece.region))
     }
 
     /// The frames of slot `id` as it was before the edit.
@@ -143,7 +149,11 @@ impl Draft {
     /// # Errors
     /// [`Refused`]; the draft is as it was.
     pub fn apply(&mut self, op: Operation) -> Result<&mut Self, Refused> {
-        self.pieces.apply(&op).map_err(|reason| self.refused(op.kind(), reason))?;
+        let untouched = self.pieces.is_none();
+        let mut pieces = self.pieces.take().unwrap_or_else(|| Pieces(self.old.pieces().collect()));
+        let applied = pieces.apply(&op);
+        self.pieces = Some(pieces).filter(|_| applied.is_ok() || !untouched);
+        applied.map_err(|reason| self.refused(op.kind(), reason))?;
         self.asked.push(Asked { name: self.name.clone(), ops: vec![op] });
         Ok(self)
     }
@@ -159,11 +169,15 @@ impl Draft {
         while !rest.is_empty() {
             let run = rest.iter().take_while(|op| matches!(op, Operation::Create(_) | Operation::Delete(_))).count();
             let (batch, later) = rest.split_at_checked(run.max(1)).unwrap_or((rest, &[]));
-            let now = pieces.as_ref().unwrap_or(&self.pieces);
-            if let Some(swept) = sweep::sweep(now, batch) {
-                pieces = Some(swept);
+            let now: Option<&Pieces> = pieces.as_ref().or(self.pieces.as_ref());
+            let swept = match now {
+                Some(now) => sweep::sweep(now.0.iter().copied(), batch),
+                None => sweep::sweep(self.old.pieces(), batch),
+            };
+            if swept.is_some() {
+                pieces = swept;
             } else {
-                let mut next = now.clone();
+                let mut next = now.cloned().unwrap_or_else(|| Pieces(self.old.pieces().collect()));
                 for (at, op) in batch.iter().enumerate() {
                     next.apply(op).map_err(|reason| {
                         let before = ops.len().saturating_sub(rest.len()).saturating_add(at);
@@ -176,9 +190,7 @@ impl Draft {
             }
             rest = later;
         }
-        if let Some(pieces) = pieces {
-            self.pieces = pieces;
-        }
+        self.pieces = pieces.or_else(|| self.pieces.take());
         self.asked.push(Asked { name: self.name.clone(), ops });
         Ok(self)
     }

@@ -26,7 +26,7 @@ fn at(key: u64) -> Option<usize> {
 type Hole = (GfnRange, usize);
 
 /// The pieces after `ops`, or `None` if these are not for it.
-pub(super) fn sweep(pieces: &Pieces, ops: &[Operation]) -> Option<Pieces> {
+pub(super) fn sweep(pieces: impl ExactSizeIterator<Item = Piece>, ops: &[Operation]) -> Option<Pieces> {
     let (mut deletions, mut creations) = (Vec::with_capacity(ops.len()), Vec::with_capacity(ops.len()));
     for (at, op) in ops.iter().enumerate() {
         match op {
@@ -37,27 +37,30 @@ pub(super) fn sweep(pieces: &Pieces, ops: &[Operation]) -> Option<Pieces> {
     }
     deletions.sort_unstable();
     creations.sort_unstable();
-    let holes = deletions.iter().filter_map(|key| {
-        let at = at(*key)?;
-        if let Operation::Delete(gfns) = ops.get(at)? { Some((*gfns, at)) } else { None }
-    });
-    let holes: Vec<Hole> = holes.collect();
-    let created = creations.iter().filter_map(|key| {
-        let at = at(*key)?;
-        if let Operation::Create(region) = ops.get(at)? { Some((Piece::new(*region), at)) } else { None }
-    });
+    let hole = |key: &u64| match ops.get(at(*key)?)? {
+        Operation::Delete(gfns) => Some((*gfns, at(*key)?)),
+        _ => None,
+    };
+    let piece = |key: &u64| match ops.get(at(*key)?)? {
+        Operation::Create(region) => Some((Piece::new(*region), at(*key)?)),
+        _ => None,
+    };
+    let mut holes: Vec<(GfnRange, usize)> = Vec::with_capacity(deletions.len());
+    holes.extend(deletions.iter().filter_map(hole));
+    let mut created: Vec<(Piece, usize)> = Vec::with_capacity(creations.len());
+    created.extend(creations.iter().filter_map(piece));
 
     let mut swept = Swept {
-        pieces: Vec::with_capacity(pieces.0.len().saturating_add(creations.len())),
+        pieces: Vec::with_capacity(pieces.len().saturating_add(created.len())),
         end: Gfn::ZERO,
         passed: &holes,
     };
-    let (mut going, mut created) = (holes.iter().peekable(), created.peekable());
+    let (mut going, mut coming) = (holes.iter().peekable(), created.iter().peekable());
     // Up to here the hole in hand has found memory.
     let mut found = Gfn::ZERO;
     // The frame after the last one deleted, at which the memory above has lost its neighbour.
     let mut bare = None;
-    for old in &pieces.0 {
+    for old in pieces {
         let gfns = old.gfns();
         if let Some((hole, _)) = going.peek().filter(|(hole, _)| hole.start() <= gfns.start()) {
             // A piece goes as a whole or not at all, and nothing goes that is not there.
@@ -72,12 +75,12 @@ pub(super) fn sweep(pieces: &Pieces, ops: &[Operation]) -> Option<Pieces> {
             }
             continue;
         }
-        while let Some((new, at)) = created.next_if(|(new, _)| new.gfns().start() < gfns.start()) {
-            swept.create(new, at)?;
+        while let Some(new) = coming.next_if(|(new, _)| new.gfns().start() < gfns.start()) {
+            swept.create(new)?;
         }
-        swept.put(Piece { cut: old.cut && bare != Some(gfns.start()), ..*old })?;
+        swept.put(gfns, Piece { cut: old.cut && bare != Some(gfns.start()), ..old })?;
     }
-    created.try_for_each(|(new, at)| swept.create(new, at))?;
+    coming.try_for_each(|new| swept.create(new))?;
     going.peek().is_none().then_some(Pieces(swept.pieces))
 }
 
@@ -91,17 +94,17 @@ struct Swept<'a> {
 }
 
 impl Swept<'_> {
-    fn put(&mut self, piece: Piece) -> Option<()> {
-        if piece.gfns().start() < self.end {
+    fn put(&mut self, gfns: GfnRange, piece: Piece) -> Option<()> {
+        if gfns.start() < self.end {
             return None;
         }
-        self.end = piece.gfns().end();
+        self.end = gfns.end();
         self.pieces.push(piece);
         Some(())
     }
 
     /// What was deleted here must have been deleted before.
-    fn create(&mut self, piece: Piece, at: usize) -> Option<()> {
+    fn create(&mut self, (piece, at): &(Piece, usize)) -> Option<()> {
         let gfns = piece.gfns();
         while let Some(((hole, _), above)) = self.passed.split_first()
             && hole.end() <= gfns.start()
@@ -109,9 +112,9 @@ impl Swept<'_> {
             self.passed = above;
         }
         let mut here = self.passed.iter().take_while(|(hole, _)| hole.start() < gfns.end());
-        if here.any(|(_, by)| *by > at) {
+        if here.any(|(_, by)| by > at) {
             return None;
         }
-        self.put(piece)
+        self.put(gfns, *piece)
     }
 }

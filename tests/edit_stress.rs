@@ -62,7 +62,7 @@ fn edit_something(edit: &mut Edit<'_>, numbers: &mut Numbers) -> Result<(), Edit
         }
         // All of it away and back: one edit, nothing to do for what has not changed.
         5 => {
-            let regions: Vec<_> = edit.draft().regions().copied().collect();
+            let regions: Vec<_> = edit.draft().regions().collect();
             edit.apply_all(vec![cvm_memory::edit::Operation::ReplaceAll(regions)])?;
         }
         _ => {}

@@ -6,7 +6,7 @@
 use crate::addr::GfnRange;
 use crate::layout::SlotFlags;
 
-use super::draft::Old;
+use super::draft::Slots;
 use super::pieces::Piece;
 use super::region::Region;
 use super::tile::{Aim, Fit, Run, Tile};
@@ -30,37 +30,36 @@ pub(super) enum Fate {
     Goes,
 }
 
-/// A slot of the layout to be, and the old one that it is.
+/// An old slot, and what it will be.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Final {
+pub(super) struct Renewed {
+    pub(super) old: usize,
     pub(super) region: Region,
-    pub(super) old: Option<usize>,
 }
 
-pub(super) fn fate(fates: &[Fate], old: Option<usize>) -> Option<Fate> {
-    fates.get(old?).copied()
-}
-
-/// The slots to be, and what becomes of those that are.
+/// What becomes of the slots that are, and the slots that are to come.
 pub(super) struct Assignment {
-    pub(super) finals: Vec<Final>,
     pub(super) fates: Vec<Fate>,
-    /// Positions in `finals` of those that move, in the order in which they must.
-    pub(super) moves: Vec<usize>,
+    /// Of the old slots, those that change flags where they are.
+    pub(super) relogged: Vec<Renewed>,
+    /// Of the old slots, those that move, in the order in which they must.
+    pub(super) moved: Vec<Renewed>,
+    /// New ones, ascending.
+    pub(super) created: Vec<Region>,
 }
 
 impl Assignment {
     /// Calls that it takes.
     pub(super) fn calls(&self) -> usize {
-        let created = self.finals.iter().filter(|of| of.old.is_none()).count();
-        self.fates.iter().filter(|fate| **fate != Fate::Stays).count().saturating_add(created)
+        self.fates.iter().filter(|fate| **fate != Fate::Stays).count().saturating_add(self.created.len())
     }
 }
 
 /// Cuts the memory into slots and finds the old ones among them. Those in `stuck` may not move.
-pub(super) fn assign(pieces: &[Piece], old: &[Old], prefer: Prefer, limit: u64, stuck: &[usize]) -> Assignment {
-    let mut fates = vec![Fate::Goes; old.len()];
-    let mut finals: Vec<Final> = Vec::with_capacity(pieces.len());
+pub(super) fn assign(pieces: &[Piece], old: &Slots, prefer: Prefer, limit: u64, stuck: &[usize]) -> Assignment {
+    let slots = old.all();
+    let mut fates = vec![Fate::Goes; slots.len()];
+    let (mut created, mut relogged) = (Vec::with_capacity(pieces.len()), Vec::new());
     // Of the new slots, those that may not be cut anywhere.
     let mut uncut: Vec<(usize, Vec<GfnRange>)> = Vec::new();
     let (mut rest, mut wholes, mut next_old) = (pieces, Vec::new(), 0_usize);
@@ -74,24 +73,29 @@ pub(super) fn assign(pieces: &[Piece], old: &[Old], prefer: Prefer, limit: u64, 
         let region = Region { gfns: first.gfns().hull(&last.gfns()), ..first.region };
         let run = Run { gfns: region.gfns, wholes: &wholes, limit };
         // Old slots ascend as runs do.
-        while old.get(next_old).is_some_and(|old| old.region.gfns.start() < run.gfns.start()) {
+        while slots.get(next_old).is_some_and(|slot| slot.gfns.start() < run.gfns.start()) {
             next_old = next_old.saturating_add(1);
         }
-        let beside = old.get(next_old..).unwrap_or_default();
-        let beside = beside.iter().take_while(|old| old.region.gfns.start() < run.gfns.end());
-        let fits = beside.enumerate().filter_map(|(at, old)| {
-            let fits = run.admits(old.region.gfns) && old.region.agrees(&region);
-            let extra = if old.region.flags == region.flags { -1 } else { 0 };
-            fits.then_some(Fit { gfns: old.region.gfns, old: next_old.saturating_add(at), extra })
+        let beside = slots.iter().enumerate().skip(next_old);
+        let beside = beside.take_while(|(_, slot)| slot.gfns.start() < run.gfns.end());
+        let fits = beside.filter_map(|(at, slot)| {
+            let fits = run.admits(slot.gfns) && old.region(at)?.agrees(&region);
+            let extra = if slot.flags == region.flags { -1 } else { 0 };
+            fits.then_some(Fit { gfns: slot.gfns, old: at, extra })
         });
         let mut emit = |tile: Tile| {
-            let Some(part) = region.part(tile.gfns) else { return };
-            if let Some((old, fate)) = tile.old.and_then(|at| Some((old.get(at)?, fates.get_mut(at)?))) {
-                *fate = if old.region.flags == part.flags { Fate::Stays } else { Fate::Flags };
-            } else if !wholes.is_empty() {
-                uncut.push((finals.len(), wholes.clone()));
+            let Some((at, slot)) = tile.old.and_then(|at| Some((at, slots.get(at)?))) else {
+                if !wholes.is_empty() {
+                    uncut.push((created.len(), wholes.clone()));
+                }
+                created.extend(region.part(tile.gfns));
+                return;
+            };
+            let fate = if slot.flags == region.flags { Fate::Stays } else { Fate::Flags };
+            if fate == Fate::Flags {
+                relogged.extend(region.part(tile.gfns).map(|region| Renewed { old: at, region }));
             }
-            finals.push(Final { region: part, old: tile.old });
+            fates.get_mut(at).into_iter().for_each(|of| *of = fate);
         };
         match prefer {
             // One slot: that which is there already, if it is the same.
@@ -107,61 +111,47 @@ pub(super) fn assign(pieces: &[Piece], old: &[Old], prefer: Prefer, limit: u64, 
         }
     }
     let movers = Movers::new(old, &fates, stuck);
-    let mut taken = vec![false; old.len()];
-    let long = |of: &Final| of.old.is_none() && of.region.gfns.pages() > limit;
-    if prefer == Prefer::NoInterruption && (movers.any_for(&finals) || finals.iter().any(long)) {
-        finals = fill_gaps(&finals, &uncut, &movers, old, limit, &mut taken);
+    let near = movers.any_for(&created);
+    let mut moved = Vec::new();
+    let long = |region: &Region| region.gfns.pages() > limit;
+    if prefer == Prefer::NoInterruption && (near || created.iter().any(long)) {
+        created = fill_gaps(&created, &uncut, &movers, old, limit, &mut moved);
     }
-    // What is to be created exactly as a slot that would go, but elsewhere, is that slot.
-    let mut cursor = 0;
-    for of in finals.iter_mut().filter(|of| of.old.is_none()) {
-        let same = movers.at(of.region.hva, &mut cursor).find(|&at| {
-            let same = |old: &Old| old.region.gfns.pages() == of.region.gfns.pages();
-            taken.get(at) == Some(&false)
-                && old.get(at).is_some_and(|old| same(old) && movable(&old.region, &of.region))
-        });
-        if let Some((at, taken)) = same.and_then(|at| Some((at, taken.get_mut(at)?))) {
-            *taken = true;
-            of.old = Some(at);
-        }
+    if near {
+        movers.rename(&mut created, old, &mut moved);
     }
-    for (fate, taken) in fates.iter_mut().zip(&taken) {
-        if *taken {
-            *fate = Fate::Moves;
-        }
+    for Renewed { old, .. } in &moved {
+        fates.get_mut(*old).into_iter().for_each(|fate| *fate = Fate::Moves);
     }
-    let moves = finals.iter().enumerate().filter(|(_, of)| fate(&fates, of.old) == Some(Fate::Moves));
-    let moves = moves.map(|(at, _)| at).collect();
-    Assignment { finals, fates, moves }
+    Assignment { fates, relogged, moved, created }
 }
 
 /// Cuts what is to be created: where slots that would go fit exactly, they move there.
 fn fill_gaps(
-    finals: &[Final],
+    created: &[Region],
     uncut: &[(usize, Vec<GfnRange>)],
     movers: &Movers,
-    old: &[Old],
+    old: &Slots,
     limit: u64,
-    taken: &mut [bool],
-) -> Vec<Final> {
-    let mut filled = Vec::with_capacity(finals.len());
-    for (index, of) in finals.iter().enumerate() {
-        if of.old.is_some() {
-            filled.push(*of);
-            continue;
-        }
+    moved: &mut Vec<Renewed>,
+) -> Vec<Region> {
+    let mut left = Vec::with_capacity(created.len());
+    let mut taken = vec![false; old.all().len()];
+    for (index, region) in created.iter().enumerate() {
         let whole = uncut.binary_search_by_key(&index, |(index, _)| *index).ok().and_then(|at| uncut.get(at));
-        let run = Run { gfns: of.region.gfns, wholes: whole.map_or(&[], |(_, wholes)| wholes), limit };
-        let fits = movers.fits(&of.region, &run, old, taken);
-        for tile in run.cover(of.region.gfns, &fits, Aim::Calls) {
-            let Some(part) = of.region.part(tile.gfns) else { continue };
-            if let Some(taken) = tile.old.and_then(|at| taken.get_mut(at)) {
+        let run = Run { gfns: region.gfns, wholes: whole.map_or(&[], |(_, wholes)| wholes), limit };
+        let fits = movers.fits(region, &run, old, &taken);
+        for tile in run.cover(region.gfns, &fits, Aim::Calls) {
+            let Some(region) = region.part(tile.gfns) else { continue };
+            if let Some((at, taken)) = tile.old.and_then(|at| Some((at, taken.get_mut(at)?))) {
                 *taken = true;
+                moved.push(Renewed { old: at, region });
+            } else {
+                left.push(region);
             }
-            filled.push(Final { region: part, old: tile.old });
         }
     }
-    filled
+    left
 }
 
 /// How many pieces could be one slot.
@@ -198,11 +188,11 @@ fn movable(old: &Region, new: &Region) -> bool {
 struct Movers(Vec<(u64, usize)>);
 
 impl Movers {
-    fn new(old: &[Old], fates: &[Fate], stuck: &[usize]) -> Self {
-        let going = old.iter().zip(fates).enumerate().filter(|(at, (old, fate))| {
-            **fate == Fate::Goes && !old.region.flags.contains(SlotFlags::GUEST_MEMFD) && !stuck.contains(at)
+    fn new(old: &Slots, fates: &[Fate], stuck: &[usize]) -> Self {
+        let going = old.all().iter().zip(fates).enumerate().filter(|(at, (slot, fate))| {
+            **fate == Fate::Goes && !slot.flags.contains(SlotFlags::GUEST_MEMFD) && !stuck.contains(at)
         });
-        let mut movers: Vec<_> = going.map(|(at, (old, _))| (old.region.hva, at)).collect();
+        let mut movers: Vec<_> = going.map(|(at, (slot, _))| (slot.hva, at)).collect();
         movers.sort_unstable();
         Self(movers)
     }
@@ -219,30 +209,49 @@ impl Movers {
         self.0.iter().skip(*cursor).take_while(move |(other, _)| *other == hva).map(|(_, at)| *at)
     }
 
+    /// What is to be created exactly as a slot that would go, but elsewhere, is that slot.
+    fn rename(&self, created: &mut Vec<Region>, old: &Slots, moved: &mut Vec<Renewed>) {
+        let mut cursor = 0;
+        let mut taken = vec![false; old.all().len()];
+        for Renewed { old, .. } in &*moved {
+            taken.get_mut(*old).into_iter().for_each(|taken| *taken = true);
+        }
+        created.retain(|region| {
+            let same = |old: &Region| old.gfns.pages() == region.gfns.pages() && movable(old, region);
+            let mut those = self.at(region.hva, &mut cursor);
+            let free = those.find(|at| taken.get(*at) == Some(&false) && old.region(*at).is_some_and(|old| same(&old)));
+            if let Some(at) = free {
+                taken.get_mut(at).into_iter().for_each(|taken| *taken = true);
+                moved.push(Renewed { old: at, region: *region });
+            }
+            free.is_none()
+        });
+    }
+
     /// Whether the memory of any of them begins in that of a new slot.
-    fn any_for(&self, finals: &[Final]) -> bool {
+    fn any_for(&self, created: &[Region]) -> bool {
         let mut cursor = 0;
         !self.0.is_empty()
-            && finals.iter().filter(|of| of.old.is_none()).any(|of| {
-                let _exactly = self.at(of.region.hva, &mut cursor).next();
-                let end = of.region.hva.saturating_add(of.region.gfns.bytes());
+            && created.iter().any(|region| {
+                let _exactly = self.at(region.hva, &mut cursor).next();
+                let end = region.hva.saturating_add(region.gfns.bytes());
                 self.0.get(cursor).is_some_and(|(hva, _)| *hva < end)
             })
     }
 
     /// Those whose memory is part of `region`, at their places in it.
-    fn fits(&self, region: &Region, run: &Run<'_>, old: &[Old], taken: &[bool]) -> Vec<Fit> {
+    fn fits(&self, region: &Region, run: &Run<'_>, old: &Slots, taken: &[bool]) -> Vec<Fit> {
         let end = region.hva.saturating_add(region.gfns.bytes());
         let first = self.0.partition_point(|(hva, _)| *hva < region.hva);
         let mut fits = Vec::new();
         for (hva, at) in self.0.iter().skip(first).take_while(|(hva, _)| *hva < end) {
-            let Some(mover) = old.get(*at).filter(|_| taken.get(*at) == Some(&false)) else { continue };
+            let Some(mover) = old.region(*at).filter(|_| taken.get(*at) == Some(&false)) else { continue };
             let skip = hva.saturating_sub(region.hva) >> crate::addr::PAGE_SHIFT;
             let start = region.gfns.start().checked_add(skip);
-            let Some(gfns) = start.and_then(|start| GfnRange::with_len(start, mover.region.gfns.pages()).ok()) else {
+            let Some(gfns) = start.and_then(|start| GfnRange::with_len(start, mover.gfns.pages()).ok()) else {
                 continue;
             };
-            if run.admits(gfns) && movable(&mover.region, region) {
+            if run.admits(gfns) && movable(&mover, region) {
                 fits.push(Fit { gfns, old: *at, extra: 0 });
             }
         }

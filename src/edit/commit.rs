@@ -6,7 +6,7 @@
 use nix::errno::Errno;
 
 use crate::backing::SharedSlice;
-use crate::layout::{Layout, LayoutError, Memslot, SlotId};
+use crate::layout::{Layout, LayoutError, Memslot};
 
 use super::plan::Step;
 
@@ -55,12 +55,8 @@ impl Failed {
     pub fn layout(&self, before: &Layout) -> Result<Layout, LayoutError> {
         let mut layout = before.clone();
         for (step, _) in &self.left {
-            let removed: &[SlotId] = match step {
-                Step::Create(_) => &[],
-                other => &[other.slot().id],
-            };
-            let added = Some(*step.slot()).filter(|_| !matches!(step, Step::Delete(_)));
-            layout.replace(removed, added)?;
+            let removed = step.before().map(|slot| slot.id);
+            layout.replace(removed.as_slice(), step.after())?;
         }
         Ok(layout)
     }

@@ -8,7 +8,7 @@
 use std::sync::Arc;
 
 use crate::addr::GfnRange;
-use crate::layout::{Layout, Memslot, SlotId};
+use crate::layout::{Layout, Memslot, SlotId, SlotTable};
 
 use super::error::{Label, Reason, Refused};
 use super::operation::Operation;
@@ -38,9 +38,9 @@ use super::sweep;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Draft {
     pub(super) as_id: u16,
-    pub(super) pieces: Pieces,
-    /// The slots as they are, and the mappings of their memory.
-    pub(super) old: Arc<Vec<Old>>,
+    /// `None` while nothing has been asked for: as the slots are.
+    pub(super) pieces: Option<Pieces>,
+    pub(super) old: Slots,
     asked: Vec<Asked>,
     name: Option<Arc<str>>,
 }
@@ -52,28 +52,52 @@ struct Asked {
     ops: Vec<Operation>,
 }
 
-/// A slot as it is, and its mapping.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Old {
-    pub(super) id: SlotId,
-    pub(super) region: Region,
+/// The slots as they are, and in which mappings their memory lies. Cheap to clone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Slots {
+    table: Arc<SlotTable>,
+    as_id: u16,
+    mappings: Arc<[u64]>,
+}
+
+impl Slots {
+    /// All of them, ascending by frame.
+    pub(super) fn all(&self) -> &[Memslot] {
+        self.table.space(self.as_id).slots()
+    }
+
+    pub(super) fn get(&self, at: usize) -> Option<&Memslot> {
+        self.all().get(at)
+    }
+
+    /// The memory of one.
+    pub(super) fn region(&self, at: usize) -> Option<Region> {
+        Some(Region::of(self.get(at)?, *self.mappings.get(at)?))
+    }
+
+    fn regions(&self) -> impl ExactSizeIterator<Item = Region> {
+        self.all().iter().zip(self.mappings.iter()).map(|(slot, mapping)| Region::of(slot, *mapping))
+    }
+
+    /// As pieces.
+    fn pieces(&self) -> impl ExactSizeIterator<Item = Piece> {
+        let mut end = None;
+        self.regions().map(move |region| {
+            // Slots that touch are two because somebody wanted two.
+            let cut = end == Some(region.gfns.start());
+            end = Some(region.gfns.end());
+            Piece { cut, ..Piece::new(region) }
+        })
+    }
 }
 
 impl Draft {
     /// The layout as it is, in address space `as_id`. `mapping` tells in which mapping of this process a slot's shared
     /// memory lies, by that mapping's address.
     pub fn new(layout: &Layout, as_id: u16, mapping: impl Fn(&Memslot) -> u64) -> Self {
-        let slots = layout.table().space(as_id).slots();
-        let old: Vec<Old> =
-            slots.iter().map(|slot| Old { id: slot.id, region: Region::of(slot, mapping(slot)) }).collect();
-        let mut pieces: Vec<Piece> = old.iter().map(|old| Piece::new(old.region)).collect();
-        let mut end = None;
-        for piece in &mut pieces {
-            // Slots that touch are two because somebody wanted two.
-            piece.cut = end == Some(piece.gfns().start());
-            end = Some(piece.gfns().end());
-        }
-        Self { as_id, pieces: Pieces(pieces), old: Arc::new(old), asked: Vec::new(), name: None }
+        let mappings = layout.table().space(as_id).slots().iter().map(mapping).collect();
+        let old = Slots { table: layout.snapshot(), as_id, mappings };
+        Self { as_id, pieces: None, old, asked: Vec::new(), name: None }
     }
 
     /// The address space.
@@ -106,8 +130,9 @@ impl Draft {
     }
 
     /// What memory there would be, ascending.
-    pub fn regions(&self) -> impl Iterator<Item = &Region> {
-        self.pieces.0.iter().map(|piece| &piece.region)
+    pub fn regions(&self) -> impl Iterator<Item = Region> {
+        let as_is = self.pieces.is_none().then(|| self.old.regions());
+        as_is.into_iter().flatten().chain(self.pieces.iter().flat_map(|pieces| &pieces.0).map(|piece| piece.region))
     }
 
     /// The frames of slot `id` as it was before the edit.
@@ -115,7 +140,7 @@ impl Draft {
     /// # Errors
     /// [`Reason::UnknownSlot`].
     pub fn slot(&self, id: SlotId) -> Result<GfnRange, Refused> {
-        let found = self.old.iter().find(|old| old.id == id).map(|old| old.region.gfns);
+        let found = self.old.all().iter().find(|slot| slot.id == id).map(|slot| slot.gfns);
         found.ok_or_else(|| self.refused("slot", Reason::UnknownSlot { id }))
     }
 
@@ -124,7 +149,11 @@ impl Draft {
     /// # Errors
     /// [`Refused`]; the draft is as it was.
     pub fn apply(&mut self, op: Operation) -> Result<&mut Self, Refused> {
-        self.pieces.apply(&op).map_err(|reason| self.refused(op.kind(), reason))?;
+        let untouched = self.pieces.is_none();
+        let mut pieces = self.pieces.take().unwrap_or_else(|| Pieces(self.old.pieces().collect()));
+        let applied = pieces.apply(&op);
+        self.pieces = Some(pieces).filter(|_| applied.is_ok() || !untouched);
+        applied.map_err(|reason| self.refused(op.kind(), reason))?;
         self.asked.push(Asked { name: self.name.clone(), ops: vec![op] });
         Ok(self)
     }
@@ -140,11 +169,15 @@ impl Draft {
         while !rest.is_empty() {
             let run = rest.iter().take_while(|op| matches!(op, Operation::Create(_) | Operation::Delete(_))).count();
             let (batch, later) = rest.split_at_checked(run.max(1)).unwrap_or((rest, &[]));
-            let now = pieces.as_ref().unwrap_or(&self.pieces);
-            if let Some(swept) = sweep::sweep(now, batch) {
-                pieces = Some(swept);
+            let now: Option<&Pieces> = pieces.as_ref().or(self.pieces.as_ref());
+            let swept = match now {
+                Some(now) => sweep::sweep(now.0.iter().copied(), batch),
+                None => sweep::sweep(self.old.pieces(), batch),
+            };
+            if swept.is_some() {
+                pieces = swept;
             } else {
-                let mut next = now.clone();
+                let mut next = now.cloned().unwrap_or_else(|| Pieces(self.old.pieces().collect()));
                 for (at, op) in batch.iter().enumerate() {
                     next.apply(op).map_err(|reason| {
                         let before = ops.len().saturating_sub(rest.len()).saturating_add(at);
@@ -157,9 +190,7 @@ impl Draft {
             }
             rest = later;
         }
-        if let Some(pieces) = pieces {
-            self.pieces = pieces;
-        }
+        self.pieces = pieces.or_else(|| self.pieces.take());
         self.asked.push(Asked { name: self.name.clone(), ops });
         Ok(self)
     }

@@ -3,50 +3,45 @@
 //! That of the slot it replaces, so that what changes in place keeps its name; else the lowest that no slot has had when
 //! the edit began; ids that the edit frees only when there are no others. An id is never in use twice: deletions come first.
 
-use crate::layout::{Layout, Memslot, SlotId};
+use crate::layout::{Layout, SlotId};
 
-use super::assign::{Fate, Final};
 use super::draft::Draft;
 use super::error::PlanError;
+use super::plan::Step;
+use super::region::Region;
 
-/// Gives the slots of `finals` that are new, ascending by frame, with ids, to `emit`.
+/// Ids for the slots `created`, given the deletions. Both ascend by frame.
 pub(super) fn assign(
     layout: &Layout,
     draft: &Draft,
-    finals: Vec<Final>,
-    fates: &[Fate],
-    mut emit: impl FnMut(Memslot),
-) -> Result<(), PlanError> {
-    let mut created = finals;
-    created.retain(|of| of.old.is_none());
-    created.sort_by_key(|of| of.region.gfns.start());
+    created: &[Region],
+    deletions: &[Step],
+) -> Result<Vec<SlotId>, PlanError> {
     let limit = u16::try_from(layout.limits().slots_per_address_space).unwrap_or(u16::MAX);
-    let mut used: Vec<u16> = draft.old.iter().map(|old| old.id.id).collect();
-    used.sort_unstable();
-    let mut used = used.into_iter().peekable();
-    let fresh = (0..limit).filter(move |id| used.next_if_eq(id).is_none());
-    // Each ascends and overlaps nothing of itself, so one pass finds out who replaces whom.
-    let mut gone = draft.old.iter().zip(fates).filter(|(_, fate)| **fate == Fate::Goes).map(|(old, _)| old).peekable();
-    let mut unused = Vec::new();
-    let mut inherited = Vec::with_capacity(created.len());
-    for of in &created {
-        let gfns = of.region.gfns;
-        while let Some(gone) = gone.next_if(|old| old.region.gfns.end() <= gfns.start()) {
-            unused.push(gone.id.id);
+    let mut used = vec![false; usize::from(limit)];
+    for slot in draft.old.all() {
+        if let Some(used) = used.get_mut(usize::from(slot.id.id)) {
+            *used = true;
         }
-        inherited.push(gone.next_if(|old| old.region.gfns.start() < gfns.end()).map(|old| old.id.id));
     }
-    unused.extend(gone.map(|old| old.id.id));
-    let kept = inherited.iter().flatten().count();
-    let free = usize::from(limit).saturating_sub(draft.old.len()).saturating_add(kept).saturating_add(unused.len());
     let needed = created.len();
+    let free = used.iter().filter(|used| !**used).count().saturating_add(deletions.len());
     if needed > free {
         return Err(PlanError::NoFreeId { needed, free });
     }
-    let mut ids = fresh.chain(unused);
-    for (of, id) in created.iter().zip(inherited) {
-        let id = id.or_else(|| ids.next()).ok_or(PlanError::NoFreeId { needed, free })?;
-        emit(of.region.slot(SlotId { as_id: draft.as_id, id }));
+    // Each ascends and overlaps nothing of itself, so one pass finds out who replaces whom.
+    let mut gone = deletions.iter().map(Step::slot).peekable();
+    let mut unused = Vec::new();
+    let mut inherited = Vec::with_capacity(needed);
+    for region in created {
+        while let Some(slot) = gone.next_if(|slot| slot.gfns.end() <= region.gfns.start()) {
+            unused.push(slot.id);
+        }
+        inherited.push(gone.next_if(|slot| slot.gfns.start() < region.gfns.end()).map(|slot| slot.id));
     }
-    Ok(())
+    unused.extend(gone.map(|slot| slot.id));
+
+    let fresh = (0..limit).zip(used).filter(|(_, used)| !used).map(|(id, _)| SlotId { as_id: draft.as_id, id });
+    let mut others = fresh.chain(unused);
+    Ok(inherited.into_iter().filter_map(|id| id.or_else(|| others.next())).collect())
 }

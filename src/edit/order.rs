@@ -3,14 +3,14 @@
 //! A slot can move once those whose places it takes have gone. Where they wait for each other in a circle, one of them must
 //! be deleted and created instead; which ones is searched for exhaustively while the circles are small.
 
-use super::assign::{Assignment, Final};
-use super::draft::Old;
+use super::assign::{Assignment, Renewed};
+use super::draft::Slots;
 
 /// Circles of more slots than this are broken one by one instead of in the best way.
 const EXHAUSTIVE: usize = 10;
 
 /// An assignment whose moves have an order, in that order. `assign` makes one in which the slots given do not move.
-pub(super) fn acyclic(old: &[Old], assign: impl Fn(&[usize]) -> Assignment) -> Assignment {
+pub(super) fn acyclic(old: &Slots, assign: impl Fn(&[usize]) -> Assignment) -> Assignment {
     let mut stuck: Vec<usize> = Vec::new();
     loop {
         let mut first = assign(&stuck);
@@ -36,21 +36,18 @@ pub(super) fn acyclic(old: &[Old], assign: impl Fn(&[usize]) -> Assignment) -> A
 }
 
 /// Puts the moves in order. Returns the old slots that are in circles, or wait for one.
-fn sort(assignment: &mut Assignment, old: &[Old]) -> Vec<usize> {
-    let Assignment { finals, moves, .. } = assignment;
-    // Where the movers are now: positions in `moves`, ascending by frame.
-    let place = |of: &Final| Some(old.get(of.old?)?.region.gfns);
-    let target = |index: &usize| finals.get(*index);
+fn sort(assignment: &mut Assignment, old: &Slots) -> Vec<usize> {
+    let moved = &assignment.moved;
+    // Where the movers are now: positions in `moved`, ascending by frame.
     let mut places: Vec<_> =
-        moves.iter().enumerate().filter_map(|(at, index)| Some((place(target(index)?)?, at))).collect();
+        moved.iter().enumerate().filter_map(|(at, of)| Some((old.get(of.old)?.gfns, at))).collect();
     places.sort_unstable();
     // For each mover, those who wait for it, and for how many it waits.
-    let mut waiting: Vec<Vec<usize>> = vec![Vec::new(); moves.len()];
-    let mut waits = vec![0_usize; moves.len()];
-    for (at, index) in moves.iter().enumerate() {
-        let Some(gfns) = target(index).map(|of| of.region.gfns) else { continue };
-        let first = places.partition_point(|(place, _)| place.end() <= gfns.start());
-        for (_, by) in places.iter().skip(first).take_while(|(place, _)| place.start() < gfns.end()) {
+    let mut waiting: Vec<Vec<usize>> = vec![Vec::new(); moved.len()];
+    let mut waits = vec![0_usize; moved.len()];
+    for (at, Renewed { region, .. }) in moved.iter().enumerate() {
+        let first = places.partition_point(|(place, _)| place.end() <= region.gfns.start());
+        for (_, by) in places.iter().skip(first).take_while(|(place, _)| place.start() < region.gfns.end()) {
             if *by != at
                 && let (Some(list), Some(count)) = (waiting.get_mut(*by), waits.get_mut(at))
             {
@@ -59,10 +56,10 @@ fn sort(assignment: &mut Assignment, old: &[Old]) -> Vec<usize> {
             }
         }
     }
-    let mut ready: Vec<usize> = (0..moves.len()).rev().filter(|at| waits.get(*at) == Some(&0)).collect();
-    let mut sorted = Vec::with_capacity(moves.len());
+    let mut ready: Vec<usize> = (0..moved.len()).rev().filter(|at| waits.get(*at) == Some(&0)).collect();
+    let mut sorted = Vec::with_capacity(moved.len());
     while let Some(at) = ready.pop() {
-        sorted.extend(moves.get(at));
+        sorted.extend(moved.get(at));
         for &other in waiting.get(at).into_iter().flatten() {
             if let Some(count) = waits.get_mut(other) {
                 *count = count.saturating_sub(1);
@@ -72,8 +69,7 @@ fn sort(assignment: &mut Assignment, old: &[Old]) -> Vec<usize> {
             }
         }
     }
-    let stuck = moves.iter().zip(&waits).filter(|(_, count)| **count != 0);
-    let stuck = stuck.filter_map(|(index, _)| target(index)?.old).collect();
-    *moves = sorted;
+    let stuck = moved.iter().zip(&waits).filter(|(_, count)| **count != 0).map(|(of, _)| of.old).collect();
+    assignment.moved = sorted;
     stuck
 }

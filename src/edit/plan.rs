@@ -14,31 +14,33 @@
 use crate::addr::GfnRange;
 use crate::layout::{Layout, LayoutError, Memslot, SlotFlags, SlotId};
 
-use super::assign::{Assignment, Fate, Final, Prefer, assign, fate};
-use super::draft::{Draft, Old};
+use super::assign::{Assignment, Fate, Prefer, Renewed, assign};
+use super::draft::Draft;
 use super::error::PlanError;
 use super::ids;
 use super::order;
-use super::pieces::Piece;
+use super::pieces::Pieces;
 
 /// One call of `KVM_SET_USER_MEMORY_REGION2`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
     /// Size zero.
     Delete(Memslot),
-    /// Another place, perhaps other flags.
+    /// Another place, perhaps another value of `LOG_DIRTY`.
     Move {
-        /// As it was.
-        from: Memslot,
         /// As it will be.
-        to: Memslot,
+        slot: Memslot,
+        /// Where it was.
+        from: GfnRange,
+        /// Its flags then.
+        flags: SlotFlags,
     },
     /// Another value of `LOG_DIRTY`.
     SetFlags {
-        /// As it was.
-        from: Memslot,
         /// As it will be.
-        to: Memslot,
+        slot: Memslot,
+        /// Its flags before.
+        flags: SlotFlags,
     },
     /// A new slot.
     Create(Memslot),
@@ -58,9 +60,25 @@ impl Step {
     /// The slot, as the call names it.
     pub const fn slot(&self) -> &Memslot {
         match self {
-            Self::Delete(slot) | Self::Create(slot) | Self::Move { to: slot, .. } | Self::SetFlags { to: slot, .. } => {
-                slot
-            }
+            Self::Delete(slot) | Self::Create(slot) | Self::Move { slot, .. } | Self::SetFlags { slot, .. } => slot,
+        }
+    }
+
+    /// The slot before it; `None` if there was none.
+    pub const fn before(&self) -> Option<Memslot> {
+        match *self {
+            Self::Create(_) => None,
+            Self::Delete(slot) => Some(slot),
+            Self::Move { slot, from, flags } => Some(Memslot { gfns: from, flags, ..slot }),
+            Self::SetFlags { slot, flags } => Some(Memslot { flags, ..slot }),
+        }
+    }
+
+    /// The slot after it; `None` if there is none.
+    pub const fn after(&self) -> Option<Memslot> {
+        match *self {
+            Self::Delete(_) => None,
+            Self::Create(slot) | Self::Move { slot, .. } | Self::SetFlags { slot, .. } => Some(slot),
         }
     }
 
@@ -69,8 +87,10 @@ impl Step {
         match *self {
             Self::Delete(slot) => Self::Create(slot),
             Self::Create(slot) => Self::Delete(slot),
-            Self::Move { from, to } => Self::Move { from: to, to: from },
-            Self::SetFlags { from, to } => Self::SetFlags { from: to, to: from },
+            Self::Move { slot, from, flags } => {
+                Self::Move { slot: Memslot { gfns: from, flags, ..slot }, from: slot.gfns, flags: slot.flags }
+            }
+            Self::SetFlags { slot, flags } => Self::SetFlags { slot: Memslot { flags, ..slot }, flags: slot.flags },
         }
     }
 }
@@ -96,19 +116,15 @@ impl Plan {
     }
 
     /// The slots that go, or go elsewhere.
-    pub fn deleted(&self) -> impl Iterator<Item = &Memslot> {
-        self.steps.iter().filter_map(|step| match step {
-            Step::Delete(slot) | Step::Move { from: slot, .. } => Some(slot),
-            _ => None,
-        })
+    pub fn deleted(&self) -> impl Iterator<Item = Memslot> {
+        let going = self.steps.iter().filter(|step| matches!(step, Step::Delete(_) | Step::Move { .. }));
+        going.filter_map(Step::before)
     }
 
     /// The slots that come, or come from elsewhere.
-    pub fn created(&self) -> impl Iterator<Item = &Memslot> {
-        self.steps.iter().filter_map(|step| match step {
-            Step::Create(slot) | Step::Move { to: slot, .. } => Some(slot),
-            _ => None,
-        })
+    pub fn created(&self) -> impl Iterator<Item = Memslot> {
+        let coming = self.steps.iter().filter(|step| matches!(step, Step::Create(_) | Step::Move { .. }));
+        coming.filter_map(Step::after)
     }
 }
 
@@ -120,18 +136,11 @@ pub fn plan(layout: &Layout, draft: &Draft, prefer: Prefer) -> Result<Plan, Plan
     let steps = steps(layout, draft, prefer)?;
     let mut next = layout.clone();
     if !steps.is_empty() {
-        let removed: Vec<SlotId> = steps
-            .iter()
-            .filter_map(|step| match step {
-                Step::Create(_) => None,
-                other => Some(other.slot().id),
-            })
-            .collect();
-        let added = steps.iter().filter(|step| !matches!(step, Step::Delete(_))).map(|step| *step.slot());
-        next.replace(&removed, added)?;
+        let removed: Vec<SlotId> = steps.iter().filter_map(Step::before).map(|slot| slot.id).collect();
+        next.replace(&removed, steps.iter().filter_map(Step::after))?;
     }
     check_flags(&steps)?;
-    let replaced = replaced(&draft.pieces.0, &steps);
+    let replaced = replaced(draft, &steps);
     let harvest = harvest(&steps);
     Ok(Plan { steps, layout: next, replaced, harvest })
 }
@@ -142,23 +151,23 @@ pub fn plan(layout: &Layout, draft: &Draft, prefer: Prefer) -> Result<Plan, Plan
 /// [`PlanError::NoFreeId`].
 pub fn steps(layout: &Layout, draft: &Draft, prefer: Prefer) -> Result<Vec<Step>, PlanError> {
     let limit = layout.limits().pages_per_slot;
-    let assignment = order::acyclic(&draft.old, |stuck| assign(&draft.pieces.0, &draft.old, prefer, limit, stuck));
-    let Assignment { finals, fates, moves } = assignment;
-    let old_slot = |old: &Old| old.region.slot(old.id);
-
+    let Some(Pieces(pieces)) = &draft.pieces else { return Ok(Vec::new()) };
+    let assignment = order::acyclic(&draft.old, |stuck| assign(pieces, &draft.old, prefer, limit, stuck));
+    let Assignment { fates, relogged, moved, created } = assignment;
     let changing = fates.iter().filter(|fate| **fate != Fate::Stays).count();
-    let mut steps: Vec<Step> = Vec::with_capacity(changing.saturating_add(finals.len()));
-    let going = draft.old.iter().zip(&fates).filter(|(_, fate)| **fate == Fate::Goes);
-    steps.extend(going.map(|(old, _)| Step::Delete(old_slot(old))));
-    let renewed = |of: &Final| {
-        let old = draft.old.get(of.old?)?;
-        Some((old_slot(old), of.region.slot(old.id)))
+    let mut steps: Vec<Step> = Vec::with_capacity(changing.saturating_add(created.len()));
+    let going = draft.old.all().iter().zip(&fates).filter(|(_, fate)| **fate == Fate::Goes);
+    going.for_each(|(slot, _)| steps.push(Step::Delete(*slot)));
+    let ids = ids::assign(layout, draft, &created, &steps)?;
+    let renewed = |of: Renewed| {
+        let old = draft.old.get(of.old)?;
+        Some((of.region.slot(old.id), *old))
     };
-    let moving = moves.iter().filter_map(|index| renewed(finals.get(*index)?));
-    steps.extend(moving.map(|(from, to)| Step::Move { from, to }));
-    let relogged = finals.iter().filter(|of| fate(&fates, of.old) == Some(Fate::Flags));
-    steps.extend(relogged.filter_map(renewed).map(|(from, to)| Step::SetFlags { from, to }));
-    ids::assign(layout, draft, finals, &fates, |slot| steps.push(Step::Create(slot)))?;
+    let moved = moved.into_iter().filter_map(renewed);
+    steps.extend(moved.map(|(slot, old)| Step::Move { slot, from: old.gfns, flags: old.flags }));
+    let relogged = relogged.into_iter().filter_map(renewed);
+    steps.extend(relogged.map(|(slot, old)| Step::SetFlags { slot, flags: old.flags }));
+    steps.extend(created.iter().zip(&ids).map(|(region, id)| Step::Create(region.slot(*id))));
     Ok(steps)
 }
 
@@ -166,33 +175,31 @@ pub fn steps(layout: &Layout, draft: &Draft, prefer: Prefer) -> Result<Vec<Step>
 /// What it cannot see is a call that only changes flags, which KVM never allows on a slot with a guest_memfd.
 fn check_flags(steps: &[Step]) -> Result<(), LayoutError> {
     for step in steps {
-        if let Step::SetFlags { to, .. } | Step::Move { to, .. } = step
-            && to.flags.contains(SlotFlags::GUEST_MEMFD)
+        if let Step::SetFlags { slot, .. } | Step::Move { slot, .. } = step
+            && slot.flags.contains(SlotFlags::GUEST_MEMFD)
         {
-            return Err(LayoutError::LogDirtyWithGuestMemfd { id: to.id });
+            return Err(LayoutError::LogDirtyWithGuestMemfd { id: slot.id });
         }
     }
     Ok(())
 }
 
 /// What is memory before and after, in slots that do not stay.
-fn replaced(pieces: &[Piece], steps: &[Step]) -> Vec<GfnRange> {
+fn replaced(draft: &Draft, steps: &[Step]) -> Vec<GfnRange> {
     let leaving = steps.iter().filter_map(|step| match step {
-        Step::Delete(slot) | Step::Move { from: slot, .. } => Some(slot.gfns),
+        Step::Delete(Memslot { gfns, .. }) | Step::Move { from: gfns, .. } => Some(*gfns),
         _ => None,
     });
     let mut leaving: Vec<GfnRange> = leaving.collect();
     leaving.sort_unstable();
-    let memory = crate::addr::merge_adjacent(pieces.iter().map(Piece::gfns));
+    let memory = crate::addr::merge_adjacent(draft.regions().map(|region| region.gfns));
     crate::addr::merge_adjacent(crate::addr::intersect_lists(&leaving, &memory))
 }
 
 /// Slots that stop being logged, or being at all.
 fn harvest(steps: &[Step]) -> Vec<Memslot> {
-    let losing = steps.iter().filter_map(|step| match step {
-        Step::Delete(from) | Step::Move { from, .. } => Some(from),
-        Step::SetFlags { from, to } => Some(from).filter(|_| !to.flags.contains(SlotFlags::LOG_DIRTY)),
-        Step::Create(_) => None,
-    });
-    losing.filter(|slot| slot.flags.contains(SlotFlags::LOG_DIRTY)).copied().collect()
+    let logged = |slot: Option<Memslot>| slot.filter(|slot| slot.flags.contains(SlotFlags::LOG_DIRTY));
+    // KVM makes a new log for a slot that moves.
+    let kept = |step: &&Step| matches!(step, Step::SetFlags { .. }) && logged(step.after()).is_some();
+    steps.iter().filter(|step| !kept(step)).filter_map(|step| logged(step.before())).collect()
 }

@@ -32,6 +32,9 @@ impl Region {
 
     /// The part of it at `gfns`; `None` unless those all belong to it.
     pub fn part(&self, gfns: GfnRange) -> Option<Self> {
+        if self.gfns == gfns {
+            return Some(*self);
+        }
         if !self.gfns.contains_range(&gfns) {
             return None;
         }
@@ -46,12 +49,17 @@ impl Region {
 
     /// Address and file page, so many pages further on.
     fn shifted(&self, pages: u64) -> Option<Self> {
+        let (hva, binding) = self.memory_at(pages)?;
+        Some(Self { hva, binding, ..*self })
+    }
+
+    /// Address and file page of the page `skip` pages further on than its first one.
+    fn memory_at(&self, skip: u64) -> Option<(u64, Option<FileBinding>)> {
         let binding = match self.binding {
-            Some(FileBinding { file, start }) => Some(FileBinding { file, start: start.checked_add(pages)? }),
+            Some(FileBinding { file, start }) => Some(FileBinding { file, start: start.checked_add(skip)? }),
             None => None,
         };
-        let hva = self.hva.checked_add(pages.checked_mul(1 << PAGE_SHIFT)?)?;
-        Some(Self { hva, binding, ..*self })
+        Some((self.hva.checked_add(skip.checked_mul(1 << PAGE_SHIFT)?)?, binding))
     }
 
     /// What a region that goes on where this one ends would be, `pages` long.
@@ -64,16 +72,15 @@ impl Region {
     pub fn continues(&self, next: &Self) -> bool {
         self.gfns.end() == next.gfns.start()
             && self.flags == next.flags
-            && self
-                .shifted(self.gfns.pages())
-                .is_some_and(|end| (end.hva, end.mapping, end.binding) == (next.hva, next.mapping, next.binding))
+            && self.mapping == next.mapping
+            && self.memory_at(self.gfns.pages()) == Some((next.hva, next.binding))
     }
 
     /// Whether both have the same memory, shared and private, at a frame that both have.
     pub fn same_memory(&self, other: &Self) -> bool {
         let (low, high) = if self.gfns.start() <= other.gfns.start() { (self, other) } else { (other, self) };
-        let low = high.gfns.start().pages_from(low.gfns.start()).and_then(|skip| low.shifted(skip));
-        low.is_some_and(|low| (low.hva, low.mapping, low.binding) == (high.hva, high.mapping, high.binding))
+        let skip = high.gfns.start().pages_from(low.gfns.start());
+        low.mapping == high.mapping && skip.and_then(|skip| low.memory_at(skip)) == Some((high.hva, high.binding))
     }
 
     /// Whether a slot can stay while the flags change: they may differ only in the dirty log.

@@ -3,93 +3,118 @@
 //! Works where no frame is touched by more than a deletion and a creation after it, and everything is as it should be; it
 //! gives up otherwise, and the operations are applied one by one, which also finds out what is wrong.
 
-use crate::addr::Gfn;
+use crate::addr::{Gfn, GfnRange};
 
 use super::operation::Operation;
 use super::pieces::{Piece, Pieces};
 
-/// Where an operation begins, and which one it is.
-type Key = (Gfn, usize);
+/// Bits of a key that say which operation it is; those above say where it begins. No processor has frames that do not fit.
+const AT_BITS: u32 = 24;
+
+/// Where an operation begins and which one it is, in one word: nothing else is sorted, for operations are large.
+fn key(start: Gfn, at: usize) -> Option<u64> {
+    let at = u64::try_from(at).ok().filter(|at| at >> AT_BITS == 0)?;
+    (start.get() >> (u64::BITS - AT_BITS) == 0).then_some(start.get() << AT_BITS | at)
+}
+
+/// Which operation a key is of.
+fn at(key: u64) -> Option<usize> {
+    usize::try_from(key & ((1 << AT_BITS) - 1)).ok()
+}
+
+/// Frames to be deleted, and by which operation.
+type Hole = (GfnRange, usize);
 
 /// The pieces after `ops`, or `None` if these are not for it.
-pub(super) fn sweep(pieces: &Pieces, ops: &[Operation]) -> Option<Pieces> {
-    let (mut deletions, mut creations): (Vec<Key>, Vec<Key>) = (Vec::new(), Vec::new());
+pub(super) fn sweep(pieces: impl ExactSizeIterator<Item = Piece>, ops: &[Operation]) -> Option<Pieces> {
+    let (mut deletions, mut creations) = (Vec::with_capacity(ops.len()), Vec::with_capacity(ops.len()));
     for (at, op) in ops.iter().enumerate() {
         match op {
-            Operation::Delete(gfns) if !gfns.is_empty() => deletions.push((gfns.start(), at)),
-            Operation::Create(region) if !region.gfns.is_empty() => creations.push((region.gfns.start(), at)),
+            Operation::Delete(gfns) if !gfns.is_empty() => deletions.push(key(gfns.start(), at)?),
+            Operation::Create(region) if !region.gfns.is_empty() => creations.push(key(region.gfns.start(), at)?),
             _ => return None,
         }
     }
     deletions.sort_unstable();
     creations.sort_unstable();
-    // Only keys are sorted: operations are large.
-    let hole = |(_, at): &Key| match ops.get(*at) {
-        Some(Operation::Delete(gfns)) => Some((*at, *gfns)),
+    let hole = |key: &u64| match ops.get(at(*key)?)? {
+        Operation::Delete(gfns) => Some((*gfns, at(*key)?)),
         _ => None,
     };
-    let piece = |(_, at): &Key| match ops.get(*at) {
-        Some(Operation::Create(region)) => Some((*at, Piece::new(*region))),
+    let piece = |key: &u64| match ops.get(at(*key)?)? {
+        Operation::Create(region) => Some((Piece::new(*region), at(*key)?)),
         _ => None,
     };
+    let mut holes: Vec<(GfnRange, usize)> = Vec::with_capacity(deletions.len());
+    holes.extend(deletions.iter().filter_map(hole));
+    let mut created: Vec<(Piece, usize)> = Vec::with_capacity(creations.len());
+    created.extend(creations.iter().filter_map(piece));
 
-    let mut swept = Vec::with_capacity(pieces.0.len().saturating_add(creations.len()));
-    let (mut old, mut created) = (pieces.0.iter().copied().peekable(), creations.iter().filter_map(piece).peekable());
-    let (mut deleted, mut deleted_again) =
-        (deletions.iter().filter_map(hole).peekable(), deletions.iter().filter_map(hole).peekable());
+    let mut swept = Swept {
+        pieces: Vec::with_capacity(pieces.len().saturating_add(created.len())),
+        end: Gfn::ZERO,
+        passed: &holes,
+    };
+    let (mut going, mut coming) = (holes.iter().peekable(), created.iter().peekable());
+    // Up to here the hole in hand has found memory.
+    let mut found = Gfn::ZERO;
     // The frame after the last one deleted, at which the memory above has lost its neighbour.
     let mut bare = None;
-    // Up to here a deletion wants to find memory.
-    let mut found = Gfn::ZERO;
-    let mut end = Gfn::ZERO;
-    loop {
-        let next_old = old.peek().map(Piece::gfns);
-        // Deletions end where pieces do, so that a piece goes as a whole or not at all.
-        if let Some(gfns) = next_old
-            && let Some((_, hole)) = deleted.peek()
-            && hole.start() <= gfns.start()
-        {
-            let start = found.max(hole.start());
-            if start != gfns.start() || gfns.end() > hole.end() {
+    for old in pieces {
+        let gfns = old.gfns();
+        if let Some((hole, _)) = going.peek().filter(|(hole, _)| hole.start() <= gfns.start()) {
+            // A piece goes as a whole or not at all, and nothing goes that is not there.
+            if found.max(hole.start()) != gfns.start() || gfns.end() > hole.end() {
                 return None;
             }
             found = gfns.end();
-            old.next();
             if found == hole.end() {
                 bare = Some(found);
                 found = Gfn::ZERO;
-                deleted.next();
+                going.next();
             }
             continue;
         }
-        let next_new = created.peek().map(|(_, piece)| piece.gfns());
-        let mut piece = match (next_old, next_new) {
-            (None, None) => break,
-            (Some(low), Some(new)) if low.start() < new.start() => old.next()?,
-            (Some(_), None) => old.next()?,
-            (_, Some(_)) => {
-                let (at, piece) = created.next()?;
-                // What is deleted here must have been deleted before.
-                while deleted_again.next_if(|(_, hole)| hole.end() <= piece.gfns().start()).is_some() {}
-                for (by, hole) in deleted_again.clone() {
-                    if hole.start() >= piece.gfns().end() {
-                        break;
-                    }
-                    if by > at {
-                        return None;
-                    }
-                }
-                piece
-            }
-        };
-        if piece.gfns().start() < end {
+        while let Some(new) = coming.next_if(|(new, _)| new.gfns().start() < gfns.start()) {
+            swept.create(new)?;
+        }
+        swept.put(gfns, Piece { cut: old.cut && bare != Some(gfns.start()), ..old })?;
+    }
+    coming.try_for_each(|new| swept.create(new))?;
+    going.peek().is_none().then_some(Pieces(swept.pieces))
+}
+
+/// The pieces so far, ascending.
+struct Swept<'a> {
+    pieces: Vec<Piece>,
+    /// Where the last of them ends.
+    end: Gfn,
+    /// The holes that end above what has been created last.
+    passed: &'a [Hole],
+}
+
+impl Swept<'_> {
+    fn put(&mut self, gfns: GfnRange, piece: Piece) -> Option<()> {
+        if gfns.start() < self.end {
             return None;
         }
-        if bare == Some(piece.gfns().start()) {
-            piece.cut = false;
-        }
-        end = piece.gfns().end();
-        swept.push(piece);
+        self.end = gfns.end();
+        self.pieces.push(piece);
+        Some(())
     }
-    deleted.peek().is_none().then_some(Pieces(swept))
+
+    /// What was deleted here must have been deleted before.
+    fn create(&mut self, (piece, at): &(Piece, usize)) -> Option<()> {
+        let gfns = piece.gfns();
+        while let Some(((hole, _), above)) = self.passed.split_first()
+            && hole.end() <= gfns.start()
+        {
+            self.passed = above;
+        }
+        let mut here = self.passed.iter().take_while(|(hole, _)| hole.start() < gfns.end());
+        if here.any(|(_, by)| by > at) {
+            return None;
+        }
+        self.put(gfns, *piece)
+    }
 }

@@ -47,7 +47,8 @@ impl Run<'_> {
 
     /// Whether a slot may be there.
     pub(super) fn admits(&self, gfns: GfnRange) -> bool {
-        self.gfns.contains_range(&gfns) && self.may_end(gfns.start()) && self.may_end(gfns.end())
+        self.gfns.contains_range(&gfns)
+            && (self.wholes.is_empty() || self.may_end(gfns.start()) && self.may_end(gfns.end()))
     }
 
     /// The fewest new slots that cover `gap`: each as long as it may be.

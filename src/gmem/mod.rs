@@ -13,6 +13,7 @@
 mod residency;
 
 use std::fmt;
+use std::num::NonZeroU64;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -42,18 +43,23 @@ bitflags! {
 /// assert_ne!(FileId::next(), FileId::next());
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct FileId(
-    /// The number, as shown in messages.
-    pub u64,
-);
+pub struct FileId(NonZeroU64);
 
 impl FileId {
     /// An identity that no earlier call has returned.
     #[must_use]
     pub fn next() -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(1);
-        // Relaxed: only the number has to be unique, nothing is published with it.
-        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+        // Relaxed: only the number has to be unique, nothing is published with it. It takes centuries to wrap.
+        Self(NonZeroU64::new(NEXT.fetch_add(1, Ordering::Relaxed)).unwrap_or(NonZeroU64::MAX))
+    }
+
+    /// The identity of this number, as shown in messages; zero is none.
+    pub const fn new(number: u64) -> Option<Self> {
+        match NonZeroU64::new(number) {
+            Some(number) => Some(Self(number)),
+            None => None,
+        }
     }
 }
 

@@ -121,17 +121,14 @@ fn commit(edit: &Edit<'_>, options: &CommitOptions) -> Result<Committed, EditErr
 
 /// What differs, or `None` if nothing does.
 fn changes(plan: &Plan, mappings: &[Arc<dyn SharedBacking>], current: &Space) -> Result<Option<Changes>, EditError> {
-    let hull = plan.steps.iter().flat_map(|step| match step {
-        Step::Move { from, to } => [from.gfns, to.gfns],
-        other => [other.slot().gfns; 2],
-    });
-    let Some(hull) = hull.reduce(|a, b| a.hull(&b)) else { return Ok(None) };
+    let touched = plan.steps.iter().flat_map(|step| [step.before(), step.after()]).flatten();
+    let Some(hull) = touched.map(|slot| slot.gfns).reduce(|a, b| a.hull(&b)) else { return Ok(None) };
     let old_mapping = mapping_in(current);
-    let mut deleted: Vec<Region> = plan.deleted().map(|slot| Region::of(slot, old_mapping(slot))).collect();
+    let mut deleted: Vec<Region> = plan.deleted().map(|slot| Region::of(&slot, old_mapping(&slot))).collect();
     let mut created = Vec::new();
     for slot in plan.created() {
-        let mapping = Edit::slice(slot, mappings)?.map_or(slot.hva, |slice| slice.backing.hva());
-        created.push(Region::of(slot, mapping));
+        let mapping = Edit::slice(&slot, mappings)?.map_or(slot.hva, |slice| slice.backing.hva());
+        created.push(Region::of(&slot, mapping));
     }
     deleted.sort_unstable_by_key(|region| region.gfns);
     created.sort_unstable_by_key(|region| region.gfns);
@@ -171,8 +168,8 @@ fn space_after(
 
 /// The slices of both layouts by what they are made of, for a layout in between.
 fn slices_of_both(current: &Space, plan: &Plan, next: &Space) -> Vec<(Memslot, SharedSlice)> {
-    let old = plan.deleted().filter_map(|slot| Some((*slot, current.shared(slot.id)?.clone())));
-    let new = plan.created().filter_map(|slot| Some((*slot, next.shared(slot.id)?.clone())));
+    let old = plan.deleted().filter_map(|slot| Some((slot, current.shared(slot.id)?.clone())));
+    let new = plan.created().filter_map(|slot| Some((slot, next.shared(slot.id)?.clone())));
     old.chain(new).collect()
 }
 
@@ -225,7 +222,7 @@ impl Work<'_> {
         }
         let mut rebound = Rebound::new();
         for slot in self.plan.created().filter(|_| hazards.pages_keep_their_frame) {
-            for (file, pages, was, wanted) in frames.rebound(slot) {
+            for (file, pages, was, wanted) in frames.rebound(&slot) {
                 if !self.options.free_rebound {
                     return Err(Hazard::Rebound { file, pages, was, wanted }.into());
                 }
@@ -271,7 +268,7 @@ impl Work<'_> {
         for slot in self.plan.created() {
             let gfns = slot.gfns;
             converter.unseal_locked(gfns).map_err(|error| EditError::Step { gfns, error })?;
-            if !self.next.is_convertible(slot) {
+            if !self.next.is_convertible(&slot) {
                 continue;
             }
             let fresh: Vec<GfnRange> = self.memory.known.differing_runs(gfns, true).collect();
@@ -331,7 +328,7 @@ impl Work<'_> {
         let result = match result {
             Ok(()) => {
                 memory.converter.publish_space(self.next.clone());
-                self.plan.created().for_each(|slot| frames.bound(slot));
+                self.plan.created().for_each(|slot| frames.bound(&slot));
                 Ok(())
             }
             Err(failed) => Err(self.failed(&failed)),

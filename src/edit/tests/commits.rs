@@ -35,7 +35,7 @@ impl Effects for Kvm {
         }
         // As KVM does: what overlaps is refused. Anything else that is wrong panics.
         let table = &mut self.table.borrow_mut();
-        if let Step::Create(slot) | Step::Move { to: slot, .. } = step
+        if let Step::Create(slot) | Step::Move { slot, .. } = step
             && table.0.values().any(|other| other.id != slot.id && other.gfns.overlaps(&slot.gfns))
         {
             return Err(Errno::EEXIST);

@@ -105,7 +105,7 @@ fn operations_do_to_pages_what_they_say() {
             }
             assert_eq!(pages_of(&draft), expected.unwrap_or(before), "{op:?}");
         }
-        let mut regions: Vec<_> = draft.regions().copied().collect();
+        let mut regions: Vec<_> = draft.regions().collect();
         regions.sort_by_key(|region| region.gfns);
         assert!(regions.is_sorted_by(|low, high| low.gfns.end() <= high.gfns.start()), "ascending and disjoint");
     }
@@ -166,9 +166,9 @@ fn truncating_and_growing_are_about_the_end() {
     let layout = layout_of(Limits::default(), &[Slot { start: 2, pages: 4, host: 2, flags: SlotFlags::empty() }]);
     let mut draft = draft_of(&layout);
     draft.apply(Operation::Truncate { of: gfn(3), pages: 1 }).unwrap();
-    assert_eq!(draft.regions().copied().collect::<Vec<_>>(), [region(2, 3, 2, SlotFlags::empty())]);
+    assert_eq!(draft.regions().collect::<Vec<_>>(), [region(2, 3, 2, SlotFlags::empty())]);
     draft.apply(Operation::Grow { of: gfn(2), pages: 6 }).unwrap();
-    let grown: Vec<_> = draft.regions().copied().collect();
+    let grown: Vec<_> = draft.regions().collect();
     assert_eq!(grown, [region(2, 3, 2, SlotFlags::empty()), region(3, 8, 3, SlotFlags::empty())]);
     let refused = |draft: &mut Draft, op| draft.apply(op).unwrap_err().reason;
     let longer = refused(&mut draft, Operation::Truncate { of: gfn(2), pages: 2 });

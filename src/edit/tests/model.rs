@@ -69,7 +69,8 @@ impl Table {
                 self.check_free(slot);
                 assert_eq!(self.0.insert(slot.id, *slot), None, "the id is in use");
             }
-            Step::Move { from, to } => {
+            Step::Move { .. } => {
+                let (from, to) = (&step.before().unwrap(), &step.after().unwrap());
                 self.check_free(to);
                 assert_ne!(from.gfns, to.gfns);
                 let read_only = |slot: &Memslot| slot.flags.contains(SlotFlags::READONLY);
@@ -78,7 +79,8 @@ impl Table {
                 assert!(!from.flags.contains(SlotFlags::GUEST_MEMFD));
                 assert_eq!(self.0.insert(to.id, *to), Some(*from));
             }
-            Step::SetFlags { from, to } => {
+            Step::SetFlags { .. } => {
+                let (from, to) = (&step.before().unwrap(), &step.after().unwrap());
                 assert_eq!(from.flags.symmetric_difference(to.flags), SlotFlags::LOG_DIRTY);
                 assert!(!from.flags.contains(SlotFlags::GUEST_MEMFD));
                 assert_eq!(Memslot { flags: to.flags, ..*from }, *to);
@@ -106,9 +108,9 @@ pub fn run(layout: &Layout, plan: &Plan, wanted: &[Page]) -> Vec<Slot> {
         created |= matches!(step, Step::Create(_));
         table.apply(step);
         // While a slot moves, it is nowhere.
-        let moving = if let Step::Move { from, to } = step { vec![*from, *to] } else { Vec::new() };
+        let moving = if let Step::Move { slot, from, .. } = step { vec![*from, slot.gfns] } else { Vec::new() };
         for (at, page) in pages_of(&table.slots(), count).iter().enumerate() {
-            let in_motion = moving.iter().any(|slot| slot.gfns.contains(gfn(at as u64)));
+            let in_motion = moving.iter().any(|gfns| gfns.contains(gfn(at as u64)));
             missing[at] |= page.is_none() || in_motion;
         }
     }

@@ -2,7 +2,7 @@
 
 use super::*;
 
-const FILE: FileId = FileId(7);
+const FILE: FileId = FileId::new(7).unwrap();
 
 fn layout() -> Layout {
     let mut layout = Layout::new(Limits::default());
@@ -81,8 +81,8 @@ fn s06_double_bind() {
     refused(&layout, second, LayoutError::Bind { file: FILE, source });
     assert_eq!(layout.table().get(first.id), Some(&first));
     // The same pages of another file are free.
-    layout.register_file(FileId(8), 0x1000).unwrap();
-    layout.insert(private(SlotId::new(1), gfns(0x1000, 0x1200), FileId(8), 0x100)).unwrap();
+    layout.register_file(FileId::new(8).unwrap(), 0x1000).unwrap();
+    layout.insert(private(SlotId::new(1), gfns(0x1000, 0x1200), FileId::new(8).unwrap(), 0x100)).unwrap();
 }
 
 #[test]
@@ -166,7 +166,7 @@ fn every_limit_holds_at_its_edge() {
     accepted(private_at(0xfff, 1));
     let source = BindError::BeyondFile { slot: id, pages: file_pages(0xfff, 0x1001), size: 0x1000 };
     refused(&layout, private_at(0xfff, 2), LayoutError::Bind { file: FILE, source });
-    let unknown = FileId(1 << 40);
+    let unknown = FileId::new(1 << 40).unwrap();
     refused(&layout, private(id, gfns(0, 1), unknown, 0), LayoutError::UnknownFile { id, file: unknown });
     let wrapping = private(id, gfns(0, 2), FILE, FilePage::MAX.get() - 1);
     assert!(matches!(layout.clone().insert(wrapping), Err(LayoutError::FileRange { .. })));
@@ -200,11 +200,11 @@ fn the_largest_file() {
 #[test]
 fn closing_a_file_leaves_its_slots_without_it() {
     let mut layout = layout();
-    layout.register_file(FileId(8), 0x10).unwrap();
+    layout.register_file(FileId::new(8).unwrap(), 0x10).unwrap();
     let slots = [
         private(SlotId::new(0), gfns(0x100, 0x110), FILE, 0x20),
         private(SlotId::new(1), gfns(0x200, 0x210), FILE, 0x10),
-        private(SlotId::new(2), gfns(0x300, 0x310), FileId(8), 0),
+        private(SlotId::new(2), gfns(0x300, 0x310), FileId::new(8).unwrap(), 0),
     ];
     layout.insert_all(slots).unwrap();
     let before = layout.snapshot();
@@ -220,7 +220,10 @@ fn closing_a_file_leaves_its_slots_without_it() {
     layout.remove(slots[0].id).unwrap();
     refused(&layout, slots[0], LayoutError::UnknownFile { id: slots[0].id, file: FILE });
     assert_eq!(layout.remove(slots[0].id), Err(LayoutError::UnknownSlot { id: slots[0].id }));
-    assert_eq!(layout.register_file(FileId(8), 1), Err(LayoutError::FileKnown { file: FileId(8) }));
+    assert_eq!(
+        layout.register_file(FileId::new(8).unwrap(), 1),
+        Err(LayoutError::FileKnown { file: FileId::new(8).unwrap() })
+    );
 }
 
 #[test]

@@ -56,6 +56,10 @@ impl Model {
     }
 }
 
+fn file_id(number: u64) -> FileId {
+    FileId::new(number + 1).unwrap()
+}
+
 /// Every page of a file that backs `slot`.
 fn frames_of_file(slot: &Memslot) -> Vec<(FileId, u64)> {
     let Some(binding) = slot.binding else { return Vec::new() };
@@ -108,7 +112,7 @@ fn any_slot() -> impl Strategy<Value = Memslot> {
             gfns: gfns(start, start + len),
             hva,
             flags: SlotFlags::from_bits_retain(flags),
-            binding: (usual == (flags & 4 != 0)).then_some(FileBinding { file: FileId(file), start: file_page(page) }),
+            binding: (usual == (flags & 4 != 0)).then_some(FileBinding { file: file_id(file), start: file_page(page) }),
         }
     })
 }
@@ -140,7 +144,7 @@ fn same(layout: &Layout, model: &Model) -> Result<(), TestCaseError> {
             prop_assert_eq!(found.file, page);
         }
     }
-    for file in (0..4).map(FileId) {
+    for file in (1..5).filter_map(FileId::new) {
         let clips: BTreeSet<_> = layout
             .clip(file, file_pages(5, 50))
             .flat_map(|clip| clip.file.iter().zip(clip.gfns).map(move |(page, gfn)| (page.get(), clip.slot, gfn.get())))
@@ -167,16 +171,16 @@ proptest! {
         let limits = small();
         let (mut layout, mut model) = (Layout::new(limits), Model::default());
         for file in 0..3 {
-            layout.register_file(FileId(file), 64).unwrap();
-            model.files.insert(FileId(file), 64);
+            layout.register_file(file_id(file), 64).unwrap();
+            model.files.insert(file_id(file), 64);
         }
         for op in ops {
             let before = layout.clone();
             match op {
                 Op::Register(file, pages) => {
-                    let known = model.files.contains_key(&FileId(file));
-                    prop_assert_eq!(layout.register_file(FileId(file), pages).is_err(), known);
-                    model.files.entry(FileId(file)).or_insert(pages);
+                    let known = model.files.contains_key(&file_id(file));
+                    prop_assert_eq!(layout.register_file(file_id(file), pages).is_err(), known);
+                    model.files.entry(file_id(file)).or_insert(pages);
                 }
                 Op::Insert(slot) => {
                     let reasons = model.reasons(&limits, &slot);
@@ -197,7 +201,7 @@ proptest! {
                     prop_assert_eq!(layout.remove(id).ok(), held);
                 }
                 Op::Close(file) => {
-                    let file = FileId(file);
+                    let file = file_id(file);
                     model.files.remove(&file);
                     let mut lost = Vec::new();
                     for slot in model.slots.iter_mut().filter(|slot| slot.binding.is_some_and(|b| b.file == file)) {
@@ -216,7 +220,7 @@ proptest! {
 
     #[test]
     fn all_at_once_is_one_by_one(slots in prop::collection::vec(any_slot(), 0..8), spoiled in any::<bool>()) {
-        let files = || (0..3).map(|file| (FileId(file), 64));
+        let files = || (0..3).map(|file| (file_id(file), 64));
         let mut one_by_one = Layout::from_slots(small(), files(), []).unwrap();
         let accepted: Vec<Memslot> = slots.iter().filter(|slot| one_by_one.insert(**slot).is_ok()).copied().collect();
         let at_once = Layout::from_slots(small(), files(), accepted.iter().copied()).unwrap();

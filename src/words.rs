@@ -37,6 +37,19 @@ mod backing {
             let _ = unsafe { madvise(base, bytes.get(), MmapAdvise::MADV_NOHUGEPAGE) };
             Ok(Self { base: base.cast(), len })
         }
+
+        /// Word `at` will be wanted soon. Nothing happens if there is no such word.
+        #[inline]
+        pub(crate) fn prefetch(&self, at: usize) {
+            #[cfg(target_arch = "x86_64")]
+            if let Some(word) = self.get(at) {
+                use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+                // SAFETY: a hint about memory that is mapped. Every x86-64 processor takes it.
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(word).cast()) };
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            let _ = at;
+        }
     }
 
     impl Deref for Words {
@@ -83,6 +96,9 @@ mod backing {
             words.extend((0..len).map(|_| AtomicU64::new(0)));
             Ok(Self(words.into()))
         }
+
+        #[allow(clippy::unused_self, reason = "as the other one has it")]
+        pub(crate) const fn prefetch(&self, _: usize) {}
     }
 
     impl Deref for Words {

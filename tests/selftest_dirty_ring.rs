@@ -78,7 +78,7 @@ impl<M: Machine> Setup<M> {
     fn pages(&mut self) -> BTreeSet<u64> {
         let harvest = self.rings.harvest(&OneSlot);
         let entries = harvest.entries();
-        let runs = harvest.reset(&self.vm).unwrap().runs;
+        let runs = harvest.reset(&self.vm).unwrap().runs().collect::<Vec<_>>();
         assert_eq!(runs.iter().map(|run| run.pages).sum::<u64>(), entries);
         pages(&runs)
     }

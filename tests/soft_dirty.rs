@@ -117,8 +117,8 @@ fn prefaulting_overruns_a_ring() {
         vcpu.pre_fault_memory(&mut PreFaultMemory { gpa: GPA, size: pages * PAGE, flags: 0 }).unwrap();
         assert_eq!(vm.lost_dirty_pages(), pages.saturating_sub(256));
         let harvested = rings.harvest(&All).reset(&vm).unwrap();
-        assert_eq!(harvested.overrun, pages >= 256);
-        let seen: u64 = harvested.runs.iter().map(|run| run.pages).sum();
+        assert_eq!(harvested.overrun(), pages >= 256);
+        let seen: u64 = harvested.runs().map(|run| run.pages).sum();
         assert_eq!(seen, pages.min(256));
         // Nothing helps a vCPU whose ring was overrun by far: KVM waits for entries that are nowhere.
         vcpu.start(fill(GPA, 1, 1, false));

@@ -28,6 +28,8 @@ const LINE: usize = 8;
 #[cfg(loom)]
 const LINE: usize = 2;
 const PAGES_PER_LINE: u64 = BITS * LINE as u64;
+/// How many summary words ahead of the one at hand lines are fetched.
+const AHEAD: usize = 8;
 
 /// The written pages of one backing. Any number of threads may set, take and look at once.
 ///
@@ -266,11 +268,23 @@ impl<'a> Walk<'a> {
         }
     }
 
+    /// Lines are far apart where few pages are written: each would have to be waited for.
+    fn prefetch(&self, summary_at: usize) {
+        let mut bits = self.bitmap.summary.get(summary_at).map_or(0, |word| word.load(Ordering::Relaxed));
+        let first = summary_at.saturating_mul(64);
+        while bits != 0 {
+            let line = first.saturating_add(bits.trailing_zeros() as usize);
+            self.bitmap.words.prefetch(line.saturating_mul(LINE));
+            bits &= bits.wrapping_sub(1);
+        }
+    }
+
     /// Goes to the next line that the summary names.
     fn next_line(&mut self) -> bool {
         while self.summary == 0 {
             let Some(word) = self.bitmap.summary.get(self.summary_at) else { return false };
             self.summary = word.load(Ordering::Acquire);
+            self.prefetch(self.summary_at.saturating_add(AHEAD));
             self.summary_at = self.summary_at.saturating_add(1);
         }
         let bit = self.summary & self.summary.wrapping_neg();

@@ -10,12 +10,17 @@
 //!
 //! Mirrors the userspace part of "KVM_CAP_DIRTY_LOG_RING" (`Documentation/virt/kvm/api.rst`).
 
+mod gather;
+
 use std::fmt;
 
 use nix::errno::Errno;
 
 use crate::hypervisor::{DirtyGfn, DirtyRingMemory, Hypervisor};
 use crate::layout::SlotId;
+
+pub use gather::{Harvested, OwnerRun};
+use gather::{Strays, gather};
 
 /// Resets in a row that may come back with nothing before they are given up: a signal can cut one short.
 const PATIENCE: u32 = 64;
@@ -24,27 +29,6 @@ const PATIENCE: u32 = 64;
 pub trait Owners {
     /// The number of the slot's present owner, and how many pages it has; `None` for an id that stands for nothing.
     fn owner(&self, slot: SlotId) -> Option<(u64, u64)>;
-}
-
-/// Pages of an owner that were written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct OwnerRun {
-    /// Whose.
-    pub owner: u64,
-    /// First page, from the owner's first.
-    pub first: u64,
-    /// How many.
-    pub pages: u64,
-}
-
-/// What came out of the rings, and may be copied.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Harvested {
-    /// The pages, in the order of the entries.
-    pub runs: Vec<OwnerRun>,
-    /// A ring was full to the last entry. KVM keeps some free when it lets a vCPU into the guest, but what it does for the guest
-    /// in one go can take more than those, and then it writes over entries that nobody has read: pages may be missing.
-    pub overrun: bool,
 }
 
 /// An entry of a ring that names no page there is.
@@ -122,27 +106,6 @@ impl Entry for DirtyGfn {
     }
 }
 
-/// Reads entries from `fetch` on, which runs on freely, up to the first that is not dirty, but none twice. Returns how many.
-#[inline]
-pub(super) fn harvest_entries<E: Entry>(entries: &[E], fetch: &mut u32, mut each: impl FnMut(u32, u64)) -> u32 {
-    // A power of two, so that the index may wrap around in the middle of a round.
-    let mask = entries.len().wrapping_sub(1);
-    let mut count = 0_u32;
-    // KVM does not fill an entry again before it was reset; a ring that it does not keep to must not hold us for ever.
-    for _ in 0..entries.len() {
-        let Some(entry) = usize::try_from(*fetch).ok().and_then(|at| entries.get(at & mask)) else { break };
-        if entry.flags() != DirtyGfn::DIRTY {
-            break;
-        }
-        let (slot, page) = entry.page();
-        entry.set_harvested();
-        each(slot, page);
-        *fetch = fetch.wrapping_add(1);
-        count = count.saturating_add(1);
-    }
-    count
-}
-
 struct Ring {
     memory: Box<dyn DirtyRingMemory>,
     fetch: u32,
@@ -156,7 +119,7 @@ pub struct DirtyRings {
     outstanding: u64,
     /// Their pages.
     pending: Harvested,
-    stray: Option<Stray>,
+    strays: Strays,
     stats: RingStats,
 }
 
@@ -189,35 +152,26 @@ impl DirtyRings {
 
     /// An entry that named no page there is, if there was one since this was asked last.
     pub const fn take_stray(&mut self) -> Option<Stray> {
-        self.stray.take()
+        self.strays.first.take()
     }
 
     /// Takes the memory of what came out of the rings for what comes next. Without that, every harvest has to ask for its own.
     pub fn recycle(&mut self, harvested: Harvested) {
-        let mut runs = harvested.runs;
-        if self.pending.runs.is_empty() && self.pending.runs.capacity() < runs.capacity() {
-            runs.clear();
-            self.pending.runs = runs;
+        let mut harvested = harvested;
+        if self.pending.is_empty() && self.pending.capacity() < harvested.capacity() {
+            harvested.clear();
+            harvested.overrun = self.pending.overrun;
+            self.pending = harvested;
         }
     }
 
     /// Reads what is in all rings. Together with whatever was read before and not reset.
     pub fn harvest(&mut self, owners: &impl Owners) -> Harvest<'_> {
-        let Self { rings, outstanding, pending, stray, stats } = self;
+        let Self { rings, outstanding, pending, strays, stats } = self;
         for ring in rings {
-            let mut open = Open::default();
-            let count = harvest_entries(ring.memory.entries(), &mut ring.fetch, |slot, page| {
-                if open.goes_on(slot, page) {
-                    return;
-                }
-                pending.runs.extend(open.close());
-                if !open.start(owners, slot, page) {
-                    stats.strays = stats.strays.saturating_add(1);
-                    stray.get_or_insert(Stray { slot: SlotId::from_raw(slot), page });
-                }
-            });
-            pending.runs.extend(open.close());
-            if usize::try_from(count).is_ok_and(|count| count == ring.memory.entries().len()) {
+            let entries = ring.memory.entries();
+            let count = gather(entries, &mut ring.fetch, owners, pending, strays);
+            if usize::try_from(count).is_ok_and(|count| count == entries.len()) {
                 pending.overrun = true;
                 stats.overruns = stats.overruns.saturating_add(1);
             }
@@ -225,6 +179,7 @@ impl DirtyRings {
             stats.entries = stats.entries.saturating_add(u64::from(count));
             stats.fullest = stats.fullest.max(count);
         }
+        stats.strays = strays.count;
         Harvest { rings: self }
     }
 
@@ -257,49 +212,6 @@ impl fmt::Debug for DirtyRings {
             .field("outstanding", outstanding)
             .field("stats", stats)
             .finish_non_exhaustive()
-    }
-}
-
-/// A run that may go on, and the owner that was asked for last: entries of a slot come in rows.
-#[derive(Default)]
-struct Open {
-    slot: u32,
-    owner: u64,
-    /// Pages of the owner; zero for none.
-    limit: u64,
-    first: u64,
-    end: u64,
-}
-
-impl Open {
-    /// Whether the page is the next of the run, which it is part of then.
-    #[inline]
-    fn goes_on(&mut self, slot: u32, page: u64) -> bool {
-        let next = slot == self.slot && page == self.end && page < self.limit && self.first < page;
-        self.end = self.end.wrapping_add(u64::from(next));
-        next
-    }
-
-    #[inline]
-    const fn close(&mut self) -> Option<OwnerRun> {
-        let pages = self.end.saturating_sub(self.first);
-        let run = OwnerRun { owner: self.owner, first: self.first, pages };
-        self.end = self.first;
-        if pages == 0 { None } else { Some(run) }
-    }
-
-    /// Starts a run with that page, if there is such a page.
-    #[inline]
-    fn start(&mut self, owners: &impl Owners, slot: u32, page: u64) -> bool {
-        if slot != self.slot || self.limit == 0 {
-            let (owner, limit) = owners.owner(SlotId::from_raw(slot)).unwrap_or((0, 0));
-            *self = Self { slot, owner, limit, first: 0, end: 0 };
-        }
-        if page >= self.limit {
-            return false;
-        }
-        (self.first, self.end) = (page, page.saturating_add(1));
-        true
     }
 }
 

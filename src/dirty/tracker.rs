@@ -397,19 +397,19 @@ impl Tracker {
         let harvested = harvest.reset(self.vm.as_ref())?;
         let places: BTreeMap<u64, &Place> = slots.values().map(|tracked| (tracked.owner, &tracked.place)).collect();
         let mut pages = 0_u64;
-        for run in &harvested.runs {
+        for run in harvested.runs() {
             if let Some(place) = places.get(&run.owner).copied().or_else(|| retired.get(&run.owner)) {
                 place.set(run.first, run.pages);
                 pages = pages.saturating_add(run.pages);
             }
         }
-        if harvested.overrun {
+        if harvested.overrun() {
             places.values().for_each(|place| place.set_all());
             retired.values().for_each(Place::set_all);
         }
         // Nothing of theirs is on its way any more.
         retired.clear();
-        let overrun = harvested.overrun;
+        let overrun = harvested.overrun();
         rings.recycle(harvested);
         Ok(SyncReport { pages, stray: rings.take_stray(), overrun })
     }

@@ -51,6 +51,25 @@ impl Entry for Gfn {
     }
 }
 
+/// A slot belongs to its own number.
+struct Anybody;
+
+impl Owners for Anybody {
+    fn owner(&self, slot: SlotId) -> Option<(u64, u64)> {
+        Some((u64::from(slot.raw()), 100))
+    }
+}
+
+/// What is in a ring, from `fetch` on: slots and pages.
+fn gathered(ring: &[Gfn], fetch: &mut u32) -> Vec<(u32, u64)> {
+    let mut harvested = Harvested::default();
+    let count = gather(ring, fetch, &Anybody, &mut harvested, &mut Strays::default());
+    let pages = harvested.runs().flat_map(|run| (run.first..run.first + run.pages).map(move |page| (run.owner, page)));
+    let pages: Vec<_> = pages.map(|(owner, page)| (u32::try_from(owner).unwrap(), page)).collect();
+    assert_eq!(u32::try_from(pages.len()).unwrap(), count);
+    pages
+}
+
 /// Every entry comes out once and in order, though the ring is shorter than they are many.
 #[test]
 fn no_entry_is_lost_where_the_ring_wraps_around() {
@@ -73,7 +92,9 @@ fn no_entry_is_lost_where_the_ring_wraps_around() {
         });
         let (mut fetch, mut reset, mut seen) = (0, 0, Vec::new());
         while seen.len() < 3 {
-            let count = harvest_entries(&*ring, &mut fetch, |slot, page| seen.push((slot, page)));
+            let pages = gathered(&*ring, &mut fetch);
+            let count = pages.len();
+            seen.extend(pages);
             let mut taken = 0;
             while let Some(page) = ring[reset & 1].reset() {
                 assert_eq!(page, (reset as u32 + 10, reset as u64), "KVM sees the page that it had put there");
@@ -105,11 +126,10 @@ fn r07_no_bit_before_the_reset_has_returned() {
         });
         let ring = [Gfn::default()];
         ring[0].push(0, 0);
-        let mut pages = Vec::new();
-        harvest_entries(&ring, &mut 0, |_, page| pages.push(page));
+        let pages = gathered(&ring, &mut 0);
         ring[0].reset().unwrap();
         protected.store(true, Ordering::Relaxed);
-        for page in pages {
+        for (_, page) in pages {
             bitmap.set(FileRange::page(FilePage::new(page).unwrap()));
         }
         reader.join().unwrap();

@@ -67,7 +67,7 @@ impl Shared {
 }
 
 impl Kick {
-    pub(super) fn new(vcpu: &mut VcpuFd) -> Self {
+    pub(crate) fn new(vcpu: &mut VcpuFd) -> Self {
         static HANDLER: Once = Once::new();
         HANDLER.call_once(|| {
             extern "C" fn nothing(_: nix::libc::c_int) {}
@@ -95,12 +95,12 @@ impl Kick {
     }
 
     /// Makes the next run only complete what the last one left, or no longer so.
-    pub(super) fn set_immediate(&self, immediate: bool) {
+    pub(crate) fn set_immediate(&self, immediate: bool) {
         self.0.lock().set_immediate(immediate);
     }
 
     /// The calling thread is about to run the vCPU, for at most `patience`.
-    pub(super) fn enter(&self, patience: Duration) {
+    pub(crate) fn enter(&self, patience: Duration) {
         let mut state = self.0.lock();
         state.thread = Some(pthread_self());
         state.deadline = Instant::now().checked_add(patience);
@@ -108,7 +108,7 @@ impl Kick {
     }
 
     /// The vCPU came back. Returns whether that was because it ran for too long.
-    pub(super) fn leave(&self, interrupted: bool) -> bool {
+    pub(crate) fn leave(&self, interrupted: bool) -> bool {
         let mut state = self.0.lock();
         state.thread = None;
         state.deadline = None;
@@ -120,13 +120,13 @@ impl Kick {
     }
 
     /// The vCPU goes.
-    pub(super) fn forget(&self) {
+    pub(crate) fn forget(&self) {
         self.0.lock().exit = None;
         self.0.changed.notify_all();
     }
 
     /// Kicks the vCPU when it has run for too long, until it goes.
-    pub(super) fn watch(&self) {
+    pub(crate) fn watch(&self) {
         let kick = self.clone();
         let watch = move || {
             let mut state = kick.0.lock();

@@ -18,7 +18,6 @@ mod ram;
 mod report;
 mod rmp;
 mod snp;
-mod snp_guest;
 mod td;
 mod worker;
 mod workload;
@@ -99,7 +98,7 @@ fn run(args: &Args) -> Result<Report, Failure> {
     worker::check_common(&mut workers);
     table.check(&mut workers, rmp::Phase::AllUsed);
     bar.finish_and_clear();
-    Ok(Report::new(args, &backend, statistics, picture, table, &workers, started.elapsed()))
+    Ok(Report::new(args, &backend, statistics, picture, &table, &workers, started.elapsed()))
 }
 
 /// The library owns the guest's memory from here on.

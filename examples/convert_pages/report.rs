@@ -120,7 +120,7 @@ impl Report {
         backend: &Backend,
         statistics: Statistics,
         picture: String,
-        table: Checks,
+        table: &Checks,
         workers: &[Worker<'_>],
         elapsed: Duration,
     ) -> Self {
@@ -214,11 +214,8 @@ impl Report {
         );
         let ImplicitConversions { to_private, to_shared } = self.implicit_conversions;
         line("conversions by faults", format_args!("{to_private} to private, {to_shared} to shared"));
-        match &self.table {
-            Some(Table { phases, pages }) => {
-                line("rmp", format_args!("as the record has it, {phases} times, {pages} pages"))
-            }
-            None => line("rmp", "nobody can look at it here"),
+        if let Some(Table { phases, pages }) = &self.table {
+            line("rmp", format_args!("as the record has it, {phases} times, {pages} pages"));
         }
         println!("{:<24}{:>12}{:>16}", "system calls", "issued", "page by page");
         for (call, issued, naive) in [

@@ -15,14 +15,15 @@ use cvm_memory_sev::rmp::PageState;
 use cvm_memory_sev::soft::SoftSnp;
 use cvm_memory_sev::vmsa::{CpuSignature, SNP_ACTIVE, Vmsa};
 use cvm_memory_testkit::Guest;
-use cvm_memory_testkit::snp::{Emulation, Program, SnpVcpu, c_bit};
+use cvm_memory_testkit::snp::{Emulation, Program, SnpGuest, SnpVcpu, c_bit};
 use kvm_ioctls::Kvm;
 
 use crate::Failure;
 use crate::args::{Args, BackendChoice};
 use crate::backend::chain;
-use crate::snp_guest::{GHCBS, SnpGuest};
 
+/// Where the GHCB pages are: below the guest's memory.
+const GHCBS: u64 = 3 << 30;
 /// Where the guests' program is: below the guest's memory, above the GHCB pages.
 const PROGRAM: u64 = 0xe000_0000;
 
@@ -112,13 +113,13 @@ impl Snp {
                 let vcpu = snp.vm().create_vcpu();
                 snp.set_registers(u32::try_from(id)?, &vmsa);
                 vmsas.push(vmsa);
-                Box::new(SnpGuest::new(vcpu, id))
+                Box::new(SnpGuest::new(vcpu, GHCBS + id * PAGE_SIZE))
             }
             Host::Kvm { vm, program, .. } => {
                 let vcpu = SnpVcpu::new(vm, program, id);
                 set_registers(vcpu.vcpu(), vcpu.vmsa()).map_err(|errno| format!("set registers: {errno}"))?;
                 vmsas.push(vcpu.vmsa().clone());
-                Box::new(SnpGuest::new(vcpu, id))
+                Box::new(SnpGuest::new(vcpu, GHCBS + id * PAGE_SIZE))
             }
         })
     }

@@ -9,6 +9,7 @@ use std::time::Duration;
 use cvm_memory::addr::{Gfn, GfnRange};
 use cvm_memory::hypervisor::kvm::KvmVm;
 use cvm_memory_sev::SNP;
+use cvm_memory_sev::digest::VMSA_GPA;
 
 use crate::skip::skip;
 
@@ -78,7 +79,6 @@ impl Emulation {
 
     /// The RMP entries of a guest, ascending, in runs of one state.
     pub fn rmp(&self, asid: &str) -> Vec<Entry> {
-        let number = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16).unwrap();
         let own = |line: Line| {
             let gfn = Gfn::containing(number(&line["gpa"]));
             let gfns = GfnRange::with_len(gfn, line["pages"].parse().unwrap()).unwrap();
@@ -89,6 +89,26 @@ impl Emulation {
         let mut entries: Vec<Entry> = self.lines("rmp_by_gpa").into_iter().filter_map(own).collect();
         entries.sort_by_key(|entry| entry.gfns.start());
         entries
+    }
+
+    /// The RMP entries of a guest's memory, by frame: page of the host, state, whether it is a save area. KVM's own save areas
+    /// are none of its memory.
+    pub fn pages(&self, asid: &str) -> BTreeMap<Gfn, (u64, String, bool)> {
+        let mut pages = BTreeMap::new();
+        // Here, unlike in the other file, what is contiguous is so in the host's memory too.
+        for line in self.lines("rmp").into_iter().filter(|line| line["asid"] == asid) {
+            let gpa = number(&line["gpa"]);
+            if gpa == VMSA_GPA.get() {
+                continue;
+            }
+            let first = Gfn::containing(gpa);
+            for at in 0..line["pages"].parse().unwrap() {
+                let entry = (number(&line["pfn"]) + at, line["state"].clone(), line["vmsa"] == "1");
+                let before = pages.insert(first.checked_add(at).unwrap(), entry);
+                assert_eq!(before, None, "two pages at {first:?} + {at}");
+            }
+        }
+        pages
     }
 
     /// One of the emulation's counters.
@@ -113,6 +133,10 @@ impl Emulation {
         }
         panic!("{} pages are assigned, {before} were", self.counter("rmp_assigned"));
     }
+}
+
+fn number(text: &str) -> u64 {
+    u64::from_str_radix(text.trim_start_matches("0x"), 16).unwrap()
 }
 
 /// A VM of type 4, or a skip.

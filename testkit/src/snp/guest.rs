@@ -15,12 +15,11 @@ use cvm_memory_sev::ghcb::psc::{Entry, Header, MAX_ENTRIES};
 use cvm_memory_sev::ghcb::{Operation, msr};
 use cvm_memory_sev::rmp::{PAGES_PER_2M, Size};
 use cvm_memory_sev::soft::{pvalidate, vmgexit};
-use cvm_memory_testkit::snp::SnpVcpu;
-use cvm_memory_testkit::{Guest, GuestOp, Outcome};
 use nix::errno::Errno;
 
-/// Where the GHCB pages are: below the guest's memory.
-pub const GHCBS: u64 = 3 << 30;
+use super::SnpVcpu;
+use crate::guest::{Guest, GuestOp, Outcome};
+
 /// How often an operation is tried whose pages other vCPUs keep taking away.
 const ATTEMPTS: u32 = 1000;
 const EINVAL: u64 = 22;
@@ -38,7 +37,9 @@ enum Doing {
 
 /// What executes single steps: a vCPU of the software KVM, or one of the real KVM that is told what to do.
 pub trait Processor: Vcpu {
+    /// Tells it what to do next.
     fn begin(&mut self, step: SoftOp);
+    /// What came of it, once; `None` while it is unfinished.
     fn finished(&mut self) -> Option<OpResult>;
 }
 
@@ -62,6 +63,7 @@ impl Processor for SnpVcpu {
     }
 }
 
+/// A vCPU with a guest on it that converts and accepts as it has to.
 #[derive(Debug)]
 pub struct SnpGuest<P> {
     vcpu: P,
@@ -75,11 +77,15 @@ pub struct SnpGuest<P> {
 }
 
 impl<P: Processor> SnpGuest<P> {
-    /// Of vCPU number `id`.
-    pub const fn new(vcpu: P, id: u64) -> Self {
+    /// A guest whose GHCB page is at `ghcb`, in shared memory.
+    pub const fn new(vcpu: P, ghcb: u64) -> Self {
         let op = SoftOp::Fetch { gpa: 0, private: true };
-        let ghcb = GHCBS + id * PAGE_SIZE;
         Self { vcpu, private: true, ghcb, registered: false, op, doing: Doing::Access(0), steps: VecDeque::new() }
+    }
+
+    /// What executes its steps, for single ones between two operations.
+    pub const fn processor(&mut self) -> &mut P {
+        &mut self.vcpu
     }
 
     fn next(&mut self) -> bool {

@@ -2,12 +2,15 @@
 //!
 //! Once a guest is launched nobody can set its registers, so it is given a [program](program) that does one thing after
 //! another as a mailbox in shared memory says: [`SnpVcpu`]. It executes what a vCPU of the software KVM executes, with the
-//! same results, so whatever drives the one drives the other.
+//! same results, so whatever drives the one drives the other: [`SnpGuest`] does on either what a guest has to do around an
+//! operation.
 
 mod emulation;
+mod guest;
 pub mod program;
 mod vcpu;
 
 pub use emulation::{Emulation, Entry, Line, snp_vm};
+pub use guest::{Processor, SnpGuest};
 pub use program::Program;
 pub use vcpu::{SnpVcpu, c_bit};

@@ -33,3 +33,18 @@ fn a_guest_whose_only_slots_are_the_callers_can_ask_for_conversions() {
     assert!(matches!(handled[..], [Action::Resume(Handled::Converted { pages: 1 })]), "{handled:?}");
     assert_eq!(memory.state(Gfn::ZERO), Some(State::Shared));
 }
+
+/// All memory that can be private is bound to one file, each page of it once, whatever lies between.
+#[test]
+fn memory_that_is_never_private_takes_no_pages_of_the_file() {
+    let ram = |first: u64, second: u64| {
+        CvmMemory::builder().ram(first, SIZE).plain_ram(4 * SIZE, SIZE).ram(second, 2 * SIZE).plain_ram(5 * SIZE, SIZE)
+    };
+    for (first, second) in [(0, 8 * SIZE), (8 * SIZE, 0)] {
+        let memory = ram(first, second).build(Arc::new(SoftVm::tagged())).unwrap();
+        let file = |gpa: u64| memory.reader().lookup(Gfn::containing(gpa)).unwrap().file.map(|(_, offset)| offset);
+        assert_eq!([first, second].map(file), [Some(0), Some(SIZE)]);
+        assert_eq!([4 * SIZE, 5 * SIZE].map(file), [None, None]);
+        assert_eq!(memory.space().files().map(|file| file.size()).collect::<Vec<_>>(), [3 * SIZE]);
+    }
+}

@@ -13,62 +13,11 @@ use cvm_memory::edit::Prefer;
 use cvm_memory::gate::Kick;
 use cvm_memory::hypervisor::{Hypervisor, Platform};
 use cvm_memory::layout::SlotFlags;
-use cvm_memory::memory::{CommitOptions, CvmMemory, Edit, EditError};
+use cvm_memory::memory::{CommitOptions, CvmMemory, EditError};
 use cvm_memory::soft::SoftVm;
 use cvm_memory_testkit::{Guest, GuestOp, KvmGuest, Outcome, SoftGuest, kvm, private_kvm};
+use edit_kit::random::{ALL, Numbers, USED, edit_something, transactions};
 use edit_kit::{Bits, KvmKick, PAGE, Runner, SoftKick, gfns, plain, slice};
-
-/// Pages that the guests use at all times, and pages above them that come and go, all in one mapping.
-const USED: u64 = 96;
-const ALL: u64 = 160;
-/// Where memory is moved to and back from.
-const AWAY: u64 = 0x1000;
-
-fn transactions() -> u64 {
-    std::env::var("CVM_EDIT_TRANSACTIONS").ok().map_or(1_000, |text| text.parse().unwrap())
-}
-
-struct Numbers(u64);
-
-impl Numbers {
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % bound
-    }
-}
-
-/// One edit, of whatever kind is possible now. Memory below `USED` is always what it was.
-fn edit_something(edit: &mut Edit<'_>, numbers: &mut Numbers) -> Result<(), EditError> {
-    let upper = edit.draft().regions().map(|region| region.gfns.end().get()).filter(|end| *end <= ALL).max().unwrap();
-    let away = edit.draft().regions().any(|region| region.gfns.start().get() >= AWAY);
-    match numbers.below(6) {
-        0 => drop(edit.split((1 + numbers.below(USED - 1)) * PAGE)?),
-        1 => drop(edit.merge(0, USED * PAGE)?),
-        2 if upper > USED => {
-            let top = edit.draft().regions().filter(|region| region.gfns.end().get() == upper).last().unwrap().gfns;
-            let left = USED.max(top.start().get() + 1) + numbers.below(upper - USED.max(top.start().get() + 1) + 1);
-            edit.truncate(top.start().get() * PAGE, (left - top.start().get()) * PAGE)?;
-        }
-        3 if upper < ALL && !away => {
-            let top = edit.draft().regions().filter(|region| region.gfns.end().get() == upper).last().unwrap().gfns;
-            let end = upper + 1 + numbers.below(ALL - upper);
-            edit.grow(top.start().get() * PAGE, (end - top.start().get()) * PAGE)?;
-        }
-        4 if !away && upper > USED + 8 => drop(edit.move_to((upper - 8) * PAGE, 8 * PAGE, AWAY * PAGE)?),
-        4 if away => {
-            let moved = edit.draft().regions().filter(|region| region.gfns.start().get() >= AWAY);
-            let moved: Vec<_> = moved.map(|region| region.gfns).collect();
-            edit.move_to(AWAY * PAGE, moved.iter().map(|gfns| gfns.bytes()).sum(), upper * PAGE)?;
-        }
-        // All of it away and back: one edit, nothing to do for what has not changed.
-        5 => {
-            let regions: Vec<_> = edit.draft().regions().collect();
-            edit.apply_all(vec![cvm_memory::edit::Operation::ReplaceAll(regions)])?;
-        }
-        _ => {}
-    }
-    Ok(())
-}
 
 /// What one vCPU does: writes its pages with a value that grows, and finds it there again. Even pages are its private ones.
 fn hammer<G: Guest>(runner: &mut Runner<G>, who: u64, done: &AtomicBool, visits: &AtomicU64, mixed: bool) {
@@ -127,7 +76,7 @@ fn stress<G: Guest + Send>(memory: &Arc<CvmMemory>, guests: [(G, Arc<dyn Kick>);
         // Also should this thread panic.
         let _done = Done(&done);
         let mut numbers = Numbers(5);
-        for _ in 0..transactions() {
+        for _ in 0..transactions(1_000) {
             // Each gets on in between, so that all the edits find them at something else.
             for (visits, seen) in visits.iter().zip(&mut seen) {
                 while visits.load(Ordering::Acquire) == *seen && threads.iter().all(|thread| !thread.is_finished()) {
@@ -136,13 +85,7 @@ fn stress<G: Guest + Send>(memory: &Arc<CvmMemory>, guests: [(G, Arc<dyn Kick>);
                 *seen = visits.load(Ordering::Acquire);
             }
             let mut edit = memory.edit();
-            for _ in 0..=numbers.below(3) {
-                let mut nested = edit.begin();
-                // What makes no sense as things stand is refused, and the edit goes on without.
-                if edit_something(&mut nested, &mut numbers).is_ok() {
-                    nested.commit();
-                }
-            }
+            edit_something(&mut edit, &mut numbers);
             let prefer = if numbers.below(2) == 0 { Prefer::FewSlots } else { Prefer::NoInterruption };
             let patience = std::time::Duration::from_secs(60);
             let result = match edit.commit(&CommitOptions { prefer, patience, ..CommitOptions::default() }) {
@@ -160,15 +103,15 @@ fn stress<G: Guest + Send>(memory: &Arc<CvmMemory>, guests: [(G, Arc<dyn Kick>);
             assert!(threads.iter().all(|thread| !thread.is_finished()), "a vcpu has ended");
         }
     });
-    assert!(refused < transactions() / 2, "{refused} refused");
+    assert!(refused < transactions(1_000) / 2, "{refused} refused");
     if let Some(bits) = bits {
         bits.collect(memory);
         assert_eq!(bits.state().lost, Vec::<u64>::new(), "pages that changed without a dirty bit");
         assert!(bits.state().harvests > 0);
     }
     let visits = visits.map(AtomicU64::into_inner);
-    assert!(visits.iter().all(|visits| *visits >= transactions()), "both ran: {visits:?}");
-    let edits = transactions();
+    assert!(visits.iter().all(|visits| *visits >= transactions(1_000)), "both ran: {visits:?}");
+    let edits = transactions(1_000);
     println!(
         "{edits} edits: {calls} calls, {stops} stops (delete-all-add-all: {naive} and {edits}); pages visited: {visits:?}"
     );

@@ -13,7 +13,7 @@ pub struct Args {
     /// Who runs the guest; auto takes KVM if it offers private memory.
     #[arg(long, value_enum, default_value_t = BackendChoice::Auto)]
     pub backend: BackendChoice,
-    /// A platform whose protocol the guest speaks; the software KVM only.
+    /// A platform whose protocol the guest speaks.
     #[arg(long, value_enum)]
     pub platform: Option<PlatformChoice>,
     /// The kind of VM of the software KVM, without a platform.
@@ -57,15 +57,15 @@ pub enum BackendChoice {
     Auto,
     /// The software KVM.
     Soft,
-    /// KVM, with a software-protected VM.
+    /// KVM, with a software-protected VM if no platform is named.
     Kvm,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum PlatformChoice {
-    /// SEV-SNP: a model of the RMP, page state changes by the guest's GHCB page, acceptance.
+    /// SEV-SNP: page state changes by the guest's GHCB page, acceptance. On KVM if it offers such VMs, else on a model.
     Snp,
-    /// A trust domain: pages have to be accepted, and lose what they held when they are shared.
+    /// A trust domain: pages have to be accepted, and lose what they held when they are shared. A model.
     Tdx,
 }
 
@@ -120,8 +120,8 @@ impl Args {
 
     /// Whether there is a page for everybody.
     fn check(&self) -> Result<(), String> {
-        if self.platform.is_some() && self.backend == BackendChoice::Kvm {
-            return Err("--platform: there are models of platforms, and they run on the software KVM".into());
+        if self.platform == Some(PlatformChoice::Tdx) && self.backend == BackendChoice::Kvm {
+            return Err("--platform tdx: there is a model of it, which runs on the software KVM".into());
         }
         let needed = u64::from(self.slots).max(8 * (u64::from(self.vcpus) + 1)) * PAGE_SIZE;
         if self.memory < needed {

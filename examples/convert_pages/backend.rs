@@ -3,14 +3,11 @@
 use std::error::Error;
 use std::sync::Arc;
 
-use cvm_memory::addr::{GfnRange, PAGE_SIZE};
+use cvm_memory::addr::GfnRange;
 use cvm_memory::hypervisor::kvm::KvmVm;
-use cvm_memory::hypervisor::{Cap, Capabilities, Hypervisor, MEMORY_ATTRIBUTE_PRIVATE, Platform};
-use cvm_memory::memory::Builder;
+use cvm_memory::hypervisor::{Cap, Capabilities, Hypervisor, MEMORY_ATTRIBUTE_PRIVATE, Platform, Vcpu};
+use cvm_memory::memory::{Builder, CvmMemory};
 use cvm_memory::soft::SoftVm;
-use cvm_memory_sev::commands::{Init, LaunchFinish, LaunchStart, SnpCommands};
-use cvm_memory_sev::launch::Policy;
-use cvm_memory_sev::soft::SoftSnp;
 use cvm_memory_tdx::mechanism::TdVm;
 use cvm_memory_tdx::model::SoftTd;
 use cvm_memory_testkit::{Guest, KvmGuest, SoftGuest};
@@ -18,13 +15,13 @@ use kvm_ioctls::Kvm;
 
 use crate::Failure;
 use crate::args::{Args, BackendChoice, PlatformChoice, SoftVmKind};
-use crate::snp_guest::{GHCBS, SnpSoftGuest};
+use crate::snp::Snp;
 use crate::td::{self, TdGuest};
 
 pub enum Backend {
     Soft(SoftVm),
     Td(SoftTd),
-    Snp(Arc<SoftSnp>),
+    Snp(Snp),
     Kvm(KvmVm),
 }
 
@@ -32,14 +29,7 @@ impl Backend {
     /// Makes a VM of the kind asked for, and says which on stderr if that was left open.
     pub fn new(args: &Args) -> Result<Self, Failure> {
         match (args.platform, args.backend) {
-            (Some(PlatformChoice::Snp), BackendChoice::Kvm) => {
-                return Err("--platform snp: only --backend soft has guests of this platform".into());
-            }
-            (Some(PlatformChoice::Snp), _) => {
-                let snp = SoftSnp::new();
-                snp.init(&Init::default())?;
-                return Ok(Self::Snp(Arc::new(snp)));
-            }
+            (Some(PlatformChoice::Snp), _) => return Ok(Self::Snp(Snp::new(args)?)),
             (Some(PlatformChoice::Tdx), _) => return Ok(Self::Td(td::new()?)),
             (None, _) => {}
         }
@@ -69,19 +59,15 @@ impl Backend {
     /// Describes memory that the guests need for themselves.
     pub fn extend(&self, builder: Builder, vcpus: u64) -> Builder {
         match self {
-            Self::Snp(_) => builder.plain_ram(GHCBS, vcpus * PAGE_SIZE),
+            Self::Snp(snp) => snp.extend(builder, vcpus),
             Self::Soft(_) | Self::Td(_) | Self::Kvm(_) => builder,
         }
     }
 
-    /// Memory and vCPUs are there: what has to happen before the guest may run. The image is empty: the guest accepts all its
-    /// memory by itself.
-    pub fn launch(&self) -> Result<(), Failure> {
+    /// Memory and vCPUs are there: what has to happen before the guest may run. It accepts its memory by itself.
+    pub fn launch(&self, memory: &CvmMemory, vcpus: &mut [&mut dyn Vcpu]) -> Result<(), Failure> {
         match self {
-            Self::Snp(snp) => {
-                snp.launch_start(&LaunchStart { policy: Policy::default().bits(), ..LaunchStart::default() })?;
-                snp.launch_finish(&LaunchFinish::default())?;
-            }
+            Self::Snp(snp) => snp.launch(memory, vcpus)?,
             Self::Td(td) => td.finalize()?,
             Self::Soft(_) | Self::Kvm(_) => {}
         }
@@ -91,7 +77,7 @@ impl Backend {
     pub const fn name(&self) -> &'static str {
         match self {
             Self::Soft(_) | Self::Td(_) => "soft",
-            Self::Snp(_) => "soft, with a model of the RMP",
+            Self::Snp(snp) => snp.name(),
             Self::Kvm(_) => "kvm",
         }
     }
@@ -100,19 +86,19 @@ impl Backend {
         match self {
             Self::Soft(vm) => Arc::new(vm.clone()),
             Self::Td(td) => Arc::new(td.clone()),
-            Self::Snp(snp) => Arc::new(snp.vm().clone()),
+            Self::Snp(snp) => snp.vm(),
             Self::Kvm(vm) => Arc::new(vm.clone()),
         }
     }
 
     /// vCPU number `id`. On KVM its code lives in a slot of its own, of the highest ids, below 4 GiB.
-    pub fn guest(&self, id: u64) -> Box<dyn Guest> {
-        match self {
+    pub fn guest(&self, id: u64) -> Result<Box<dyn Guest>, Failure> {
+        Ok(match self {
             Self::Soft(vm) => Box::new(SoftGuest::new(vm)),
             Self::Td(td) => Box::new(TdGuest::new(td)),
-            Self::Snp(snp) => Box::new(SnpSoftGuest::new(snp, id)),
+            Self::Snp(snp) => snp.guest(id)?,
             Self::Kvm(vm) => Box::new(KvmGuest::new(vm, id)),
-        }
+        })
     }
 
     /// Whether what a private page held outlasts its being shared, as long as nobody frees it.
@@ -125,8 +111,17 @@ impl Backend {
         match self {
             Self::Soft(vm) => Some(vm.private_gfns()),
             Self::Td(td) => Some(td.vm().private_gfns()),
-            Self::Snp(snp) => Some(snp.vm().private_gfns()),
+            Self::Snp(snp) => snp.private_gfns(),
             Self::Kvm(_) => None,
+        }
+    }
+
+    /// What the platform's own table of pages says of the guest's frames, and whether the guest has accepted them. Where there
+    /// is one, and it can be looked at.
+    pub fn assigned(&self) -> Option<Vec<(GfnRange, bool)>> {
+        match self {
+            Self::Snp(snp) => snp.rmp(),
+            Self::Soft(_) | Self::Td(_) | Self::Kvm(_) => None,
         }
     }
 }

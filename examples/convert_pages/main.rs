@@ -16,7 +16,8 @@ mod devices;
 mod model;
 mod ram;
 mod report;
-mod snp_guest;
+mod rmp;
+mod snp;
 mod td;
 mod worker;
 mod workload;
@@ -30,7 +31,7 @@ use std::time::Instant;
 use cvm_memory::addr::GfnRange;
 use cvm_memory::convert::Listener;
 use cvm_memory::exits::{Action, Handled, VcpuExits};
-use cvm_memory::hypervisor::{Exit, Vcpu};
+use cvm_memory::hypervisor::{Exit, MemoryFault, Vcpu};
 use cvm_memory::memory::CvmMemory;
 use cvm_memory::prefault::PrefaultOptions;
 use cvm_memory_testkit::{Guest, GuestOp, Outcome};
@@ -72,26 +73,33 @@ fn run(args: &Args) -> Result<Report, Failure> {
     memory.add_listener(&listener)?;
     let mut workers =
         worker::crew(args, &Surroundings { backend: &backend, memory: &memory, ram: &ram, devices: &devices })?;
-    backend.launch()?;
+    let mut vcpus: Vec<&mut dyn Vcpu> = workers.iter_mut().map(|worker| worker.cpu.vcpu()).collect();
+    backend.launch(&memory, &mut vcpus)?;
     if args.prefault {
-        let mut vcpus: Vec<&mut dyn Vcpu> = workers.iter_mut().map(|worker| worker.cpu.vcpu()).collect();
         let options = PrefaultOptions::default();
         memory.prefault(&memory.private_memory(), &mut vcpus, &options, &mut |_| ControlFlow::Continue(()))?;
     }
 
+    let mut table = rmp::Checks::default();
+    table.check(&mut workers, rmp::Phase::Launched { prefaulted: args.prefault });
+
     let bar = report::progress(args);
     bar.set_message("filling memory");
     on_all(&mut workers, Worker::fill);
+    table.check(&mut workers, rmp::Phase::Used);
     bar.set_message("converting");
     on_all(&mut workers, |worker| worker.work(&bar));
     // Before everything is looked at, which allocates what has never been touched.
     let (statistics, picture) = (memory.statistics(), report::picture(&memory, &ram));
+    table.check(&mut workers, rmp::Phase::Used);
 
     bar.set_message("looking at every page");
     on_all(&mut workers, Worker::sweep);
+    table.check(&mut workers, rmp::Phase::Used);
     worker::check_common(&mut workers);
+    table.check(&mut workers, rmp::Phase::AllUsed);
     bar.finish_and_clear();
-    Ok(Report::new(args, &backend, statistics, picture, &workers, started.elapsed()))
+    Ok(Report::new(args, &backend, statistics, picture, &table, &workers, started.elapsed()))
 }
 
 /// The library owns the guest's memory from here on.
@@ -113,6 +121,14 @@ struct Cpu {
     exits: VcpuExits,
     /// Of the exits that converted pages, in nanoseconds.
     latency: Histogram<u64>,
+    implicit: Implicit,
+}
+
+/// Memory faults that converted a page, because it was accessed in the state it was not in.
+#[derive(Debug, Clone, Copy, Default)]
+struct Implicit {
+    to_private: u64,
+    to_shared: u64,
 }
 
 impl Cpu {
@@ -134,10 +150,19 @@ impl Cpu {
                 Err(Errno::EINTR | Errno::EAGAIN) => continue,
                 Err(errno) => return Err(format!("KVM_RUN: {errno}").into()),
             };
+            let fault = match &exit {
+                Exit::MemoryFault(fault) => Some(fault.flags & MemoryFault::PRIVATE != 0),
+                _ => None,
+            };
             let left = Instant::now();
             match self.exits.handle(&mut exit) {
                 Action::Resume(Handled::Converted { .. }) => {
                     self.latency.record(u64::try_from(left.elapsed().as_nanos())?)?;
+                    match fault {
+                        Some(true) => self.implicit.to_private += 1,
+                        Some(false) => self.implicit.to_shared += 1,
+                        None => {}
+                    }
                 }
                 Action::Resume(_) => {}
                 Action::Prefault(gpa) => {

@@ -99,6 +99,12 @@ impl Model {
         bytes
     }
 
+    /// The first byte of that page with that stamp.
+    pub fn first_byte(&self, gfn: Gfn, stamp: Stamp) -> u8 {
+        let word = words(self.seed, gfn, stamp).next().unwrap_or(0);
+        if stamp == ZEROS { 0 } else { word.to_le_bytes()[0] }
+    }
+
     /// Whether these are the bytes of that page with that stamp.
     pub fn is(&self, gfn: Gfn, stamp: Stamp, bytes: &[u8]) -> bool {
         if stamp == ZEROS {

@@ -166,6 +166,10 @@ pub struct Window {
 }
 
 impl Area {
+    pub fn gfns(&self) -> &[GfnRange] {
+        &self.gfns
+    }
+
     pub fn pages(&self) -> u64 {
         self.gfns.iter().map(GfnRange::pages).sum()
     }

@@ -15,6 +15,7 @@ use crate::Failure;
 use crate::args::{Args, MaterialiseChoice};
 use crate::backend::Backend;
 use crate::ram::Ram;
+use crate::rmp::Checks;
 use crate::worker::Worker;
 
 /// Characters per slot.
@@ -41,6 +42,9 @@ pub struct Report {
     syscalls: Calls,
     naive_syscalls: Calls,
     faults: Faults,
+    implicit_conversions: ImplicitConversions,
+    /// How often the platform's table of pages was held against the record, and pages in it; none where nobody can look.
+    table: Option<Table>,
     /// Pages whose every byte was compared, from whichever side.
     pages_verified: u64,
     /// Pages that came back with what the guest had left in them.
@@ -85,6 +89,19 @@ struct Faults {
     materialised: u64,
 }
 
+/// Of pages that the guest accessed in the state they were not in, by memory faults.
+#[derive(Debug, Serialize)]
+struct ImplicitConversions {
+    to_private: u64,
+    to_shared: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct Table {
+    phases: u64,
+    pages: u64,
+}
+
 #[derive(Debug, Serialize)]
 struct Resident {
     private_bytes: Option<u64>,
@@ -103,6 +120,7 @@ impl Report {
         backend: &Backend,
         statistics: Statistics,
         picture: String,
+        table: &Checks,
         workers: &[Worker<'_>],
         elapsed: Duration,
     ) -> Self {
@@ -132,6 +150,11 @@ impl Report {
                 shared: requests.shared_faults,
                 materialised: requests.pages_materialised,
             },
+            implicit_conversions: ImplicitConversions {
+                to_private: sum(|worker| worker.cpu.implicit.to_private),
+                to_shared: sum(|worker| worker.cpu.implicit.to_shared),
+            },
+            table: (table.phases > 0).then_some(Table { phases: table.phases, pages: table.pages }),
             pages_verified: sum(|worker| worker.verified),
             stale_pages: sum(|worker| worker.stale),
             mismatches: sum(|worker| worker.mismatches),
@@ -189,6 +212,11 @@ impl Report {
                 faults.private, faults.shared, faults.materialised
             ),
         );
+        let ImplicitConversions { to_private, to_shared } = self.implicit_conversions;
+        line("conversions by faults", format_args!("{to_private} to private, {to_shared} to shared"));
+        if let Some(Table { phases, pages }) = &self.table {
+            line("rmp", format_args!("as the record has it, {phases} times, {pages} pages"));
+        }
         println!("{:<24}{:>12}{:>16}", "system calls", "issued", "page by page");
         for (call, issued, naive) in [
             ("set_memory_attributes", issued.set_memory_attributes, naive.set_memory_attributes),

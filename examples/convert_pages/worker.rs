@@ -19,7 +19,7 @@ use crate::devices::Devices;
 use crate::model::{Keeps, Model, Page, UNKNOWN, ZEROS};
 use crate::ram::{Area, Ram, Window};
 use crate::workload::{Rng, Script};
-use crate::{Cpu, Failure};
+use crate::{Cpu, Failure, Implicit};
 
 /// Pages that are read or written at once.
 const PIECE: u64 = 64;
@@ -37,14 +37,14 @@ pub struct Worker<'a> {
     /// Pages that came back with their old contents, where nothing is ever freed.
     pub stale: u64,
     id: u64,
-    failed: bool,
-    around: Surroundings<'a>,
-    discard: Discard,
+    pub failed: bool,
+    pub around: Surroundings<'a>,
+    pub discard: Discard,
     requests: u64,
-    area: Area,
+    pub area: Area,
     model: Model,
     /// Pages that every vCPU converts.
-    common: Area,
+    pub common: Area,
     script: Script,
     rng: Rng,
 }
@@ -78,10 +78,11 @@ pub fn crew<'a>(args: &Args, around: &Surroundings<'a>) -> Result<Vec<Worker<'a>
             let pages = (0..area.pages()).map(|_| Page::NEW);
             Ok(Worker {
                 cpu: Cpu {
-                    guest: backend.guest(id),
+                    guest: backend.guest(id)?,
                     memory: Arc::clone(memory),
                     exits: VcpuExits::new(Arc::clone(memory)),
                     latency: Histogram::new(3)?,
+                    implicit: Implicit::default(),
                 },
                 done: 0,
                 verified: 0,
@@ -129,14 +130,14 @@ impl Worker<'_> {
     fn convert(&mut self, window: &Window, to: State) -> Result<(), Failure> {
         let touch =
             self.around.memory.platform().accesses_carry_privacy && window.gfns.pages() <= 4 && self.rng.one_in(2);
-        if touch {
-            // Without asking: the guest accesses the pages as if they had been converted.
-            self.guest_reads(window.gfns, to)?;
-        } else {
+        if !touch {
             self.ask(window.gfns, to)?;
         }
         let before: Vec<_> = window.pages().map(|(number, _)| self.model.page(number)).collect();
         self.model.turn(window, to);
+        if touch {
+            self.touch(window)?;
+        }
         for piece in pieces(window) {
             match to {
                 State::Shared => self.look_at_shared(&piece)?,
@@ -149,6 +150,22 @@ impl Worker<'_> {
             self.stale += came_back.count() as u64;
         }
         self.loser_is_free(window.gfns, to);
+        Ok(())
+    }
+
+    /// Without asking: the guest accesses the pages as if they had been converted, and changes nothing.
+    fn touch(&mut self, window: &Window) -> Result<(), Failure> {
+        for (number, gfn) in window.pages() {
+            let page = self.model.page(number);
+            if page.state.is_private() {
+                self.guest_reads(GfnRange::page(gfn), State::Private)?;
+            } else {
+                // To read what is private as if it were shared is no fault to every processor: it may find ciphertext.
+                let data = vec![self.model.first_byte(gfn, page.shared)];
+                self.cpu.guest.set_private(false);
+                self.cpu.perform(GuestOp::Write { gpa: gfn.start_byte(), data })?;
+            }
+        }
         Ok(())
     }
 
@@ -323,7 +340,7 @@ impl Worker<'_> {
         runs
     }
 
-    fn expect(&mut self, holds: bool, what: impl FnOnce() -> String) {
+    pub fn expect(&mut self, holds: bool, what: impl FnOnce() -> String) {
         if !holds {
             self.mismatches += 1;
             if self.mismatches <= PRINTED {

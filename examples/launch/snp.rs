@@ -28,6 +28,8 @@ struct Image {
     list: ImportList,
     vmsas: Vec<Vmsa>,
     policy: Policy,
+    /// With the ID block, if the image has one.
+    finish: FinishOptions,
 }
 
 pub fn run(args: &Args) -> Result<Report, Failure> {
@@ -79,7 +81,12 @@ fn image(args: &Args, cpuid: &CpuidTable) -> Result<Image, Failure> {
             Parameters { vcpus: args.vcpus, memory: &memory, cpuid: cpuid.clone(), ..Parameters::default() };
         let image = IgvmImage::parse(&bytes, &parameters)?;
         let policy = image.policy().map_or(Ok(Policy::default()), Policy::new)?;
-        return Ok(Image { list: image.import_list().clone(), vmsas: image.vmsas().to_vec(), policy });
+        return Ok(Image {
+            list: image.import_list().clone(),
+            vmsas: image.vmsas().to_vec(),
+            policy,
+            finish: image.finish_options(),
+        });
     }
     let cpu = CpuSignature::of_cpu_type(&args.cpu).ok_or_else(|| {
         let known: Vec<&str> = CpuSignature::cpu_types().collect();
@@ -95,7 +102,7 @@ fn image(args: &Args, cpuid: &CpuidTable) -> Result<Image, Failure> {
     let ovmf = Ovmf::parse(&bytes)?;
     let list = ovmf.import_list(cpuid, hashes.as_ref())?;
     let vmsas = ovmf.vmsas(args.vcpus, cpu, args.guest_features)?;
-    Ok(Image { list, vmsas, policy: Policy::default() })
+    Ok(Image { list, vmsas, policy: Policy::default(), finish: FinishOptions::default() })
 }
 
 /// Who launches.
@@ -219,7 +226,7 @@ fn carry_out<V: Vcpu>(
     })?;
     bar.finish_and_clear();
     let mut vcpus: Vec<&mut V> = vcpus.iter_mut().collect();
-    let launched = launch.finish(&mut vcpus, &image.vmsas, FinishOptions::default())?;
+    let launched = launch.finish(&mut vcpus, &image.vmsas, image.finish.clone())?;
     for corrected in &launched.corrected {
         eprintln!("the firmware has corrected the CPUID page at {:#x}", corrected.gpa);
     }

@@ -8,6 +8,8 @@
 //!
 //! Mirrors the IGVM specification (`igvm_defs`).
 
+mod id_block;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::panic::catch_unwind;
@@ -20,8 +22,12 @@ use igvm_defs::{
 };
 use zerocopy::IntoBytes as _;
 
+use self::id_block::Vouched;
+use crate::commands::IdBlock;
 use crate::cpuid::CpuidTable;
+use crate::digest::LaunchDigest;
 use crate::import::{Import, ImportList, InvalidImport};
+use crate::launch::FinishOptions;
 use crate::page::{PAGE_BYTES, Page};
 use crate::vmsa::Vmsa;
 
@@ -69,6 +75,12 @@ pub enum IgvmError {
         /// What is wrong.
         reason: &'static str,
     },
+    /// The ID block contradicts itself or the file.
+    #[error("id block: {reason}")]
+    IdBlock {
+        /// What is wrong.
+        reason: &'static str,
+    },
     /// Memory that the file requires is not whole pages.
     #[error("required memory at {gpa:#x}, {size:#x} bytes")]
     Required {
@@ -107,7 +119,7 @@ pub struct IgvmImage {
     vmsas: Vec<Vmsa>,
     policy: Option<u64>,
     required: Vec<GfnRange>,
-    expected: Option<[u8; 48]>,
+    id_block: Option<(LaunchDigest, IdBlock)>,
 }
 
 impl IgvmImage {
@@ -147,13 +159,13 @@ impl IgvmImage {
                 loader.take(directive)?;
             }
         }
-        Ok(Self {
-            list: loader.list,
-            vmsas: in_order(loader.contexts)?,
-            policy,
-            required: loader.required,
-            expected: loader.expected,
-        })
+        let id_block = match (loader.vouched, policy) {
+            (Some(vouched), Some(policy)) => Some((LaunchDigest::new(vouched.digest), vouched.with_policy(policy))),
+            (Some(_), None) => return Err(IgvmError::IdBlock { reason: "the file has no policy to vouch for" }),
+            (None, _) => None,
+        };
+        let vmsas = in_order(loader.contexts)?;
+        Ok(Self { list: loader.list, vmsas, policy, required: loader.required, id_block })
     }
 
     /// What to launch, in the order of the file.
@@ -176,9 +188,24 @@ impl IgvmImage {
         &self.required
     }
 
+    /// The file's ID block, for a guest that is launched with the file's [`policy`](Self::policy).
+    pub fn id_block(&self) -> Option<&IdBlock> {
+        self.id_block.as_ref().map(|(_, block)| block)
+    }
+
     /// The digest that the file's ID block vouches for.
-    pub const fn vouched_digest(&self) -> Option<&[u8; 48]> {
-        self.expected.as_ref()
+    pub fn vouched_digest(&self) -> Option<LaunchDigest> {
+        self.id_block.as_ref().map(|(digest, _)| *digest)
+    }
+
+    /// How to finish the launch: with the file's ID block, if it has one, and the digest that this vouches for. Were that another
+    /// than the launch's, the firmware would refuse it, but only after the VM is lost.
+    pub fn finish_options(&self) -> FinishOptions {
+        FinishOptions {
+            expected: self.vouched_digest(),
+            id_block: self.id_block().cloned(),
+            ..FinishOptions::default()
+        }
     }
 }
 
@@ -198,7 +225,7 @@ struct Loader<'a> {
     areas: BTreeMap<u32, Vec<u8>>,
     contexts: BTreeMap<u16, Vmsa>,
     required: Vec<GfnRange>,
-    expected: Option<[u8; 48]>,
+    vouched: Option<Vouched>,
 }
 
 impl<'a> Loader<'a> {
@@ -209,7 +236,7 @@ impl<'a> Loader<'a> {
             areas: BTreeMap::new(),
             contexts: BTreeMap::new(),
             required: Vec::new(),
-            expected: None,
+            vouched: None,
         }
     }
 
@@ -241,10 +268,10 @@ impl<'a> Loader<'a> {
                     Some(_) => Err(IgvmError::Context { vp_index, reason: "twice" }),
                 }
             }
-            D::SnpIdBlock { ld, .. } => {
-                self.expected = Some(*ld);
-                Ok(())
-            }
+            D::SnpIdBlock { .. } => match std::mem::replace(&mut self.vouched, Vouched::new(directive)?) {
+                None => Ok(()),
+                Some(_) => Err(IgvmError::IdBlock { reason: "twice" }),
+            },
             // Contexts for when there is no isolation, measurements of other platforms, and where to report errors.
             D::X64NativeVpContext { .. }
             | D::X64VbsVpContext { .. }

@@ -3,16 +3,22 @@
 
 mod kit;
 
+use std::sync::Arc;
+
 use cvm_memory::addr::GfnRange;
-use cvm_memory_sev::digest::PageType;
+use cvm_memory::memory::CvmMemory;
+use cvm_memory_sev::commands::{Init, SnpCommands};
+use cvm_memory_sev::digest::{LaunchDigest, PageType};
 use cvm_memory_sev::igvm::{IgvmError, IgvmImage, Parameters};
+use cvm_memory_sev::launch::{FinishError, Launch, Policy, StartOptions};
+use cvm_memory_sev::soft::SoftSnp;
 use cvm_memory_sev::vmsa::{CpuSignature, RESET_VECTOR, Vmsa, VmsaOptions};
 use igvm::measurement::generate_snp_measurement;
 use igvm::snp_defs::SevVmsa;
 use igvm::{IgvmDirectiveHeader, IgvmFile, IgvmInitializationHeader, IgvmPlatformHeader, IgvmRevision, IsolationType};
 use igvm_defs::{
-    IGVM_VHS_PARAMETER, IGVM_VHS_PARAMETER_INSERT, IGVM_VHS_SUPPORTED_PLATFORM, IgvmPageDataFlags, IgvmPageDataType,
-    IgvmPlatformType,
+    IGVM_VHS_PARAMETER, IGVM_VHS_PARAMETER_INSERT, IGVM_VHS_SNP_ID_BLOCK_PUBLIC_KEY, IGVM_VHS_SNP_ID_BLOCK_SIGNATURE,
+    IGVM_VHS_SUPPORTED_PLATFORM, IgvmPageDataFlags, IgvmPageDataType, IgvmPlatformType,
 };
 use kit::{firmware, hex};
 use proptest::collection::vec;
@@ -190,6 +196,116 @@ fn what_cannot_be_launched_is_refused() {
     assert!(matches!(IgvmImage::from_file(&other, &Parameters::default()), Err(IgvmError::NotForSnp)));
     for file in [&[][..], &[0; 24], b"IGVM", &[0xff; 64]] {
         assert!(matches!(IgvmImage::parse(file, &Parameters::default()), Err(IgvmError::Format(_))));
+    }
+}
+
+/// An ID block with bytes that are all different, as far as that goes.
+fn id_block(author_key_enabled: u8) -> IgvmDirectiveHeader {
+    let signature =
+        |first: u8| Box::new(IGVM_VHS_SNP_ID_BLOCK_SIGNATURE { r_comp: [first; 72], s_comp: [first + 1; 72] });
+    let key = |curve: u32, first: u8| {
+        Box::new(IGVM_VHS_SNP_ID_BLOCK_PUBLIC_KEY { curve, reserved: 0, qx: [first; 72], qy: [first + 1; 72] })
+    };
+    let author = author_key_enabled > 0;
+    IgvmDirectiveHeader::SnpIdBlock {
+        compatibility_mask: 1,
+        author_key_enabled,
+        reserved: [0; 3],
+        ld: [0x11; 48],
+        family_id: [0x22; 16],
+        image_id: [0x33; 16],
+        version: 1,
+        guest_svn: 0x0403_0201,
+        id_key_algorithm: 1,
+        author_key_algorithm: author.into(),
+        id_key_signature: signature(0x40),
+        id_public_key: key(2, 0x50),
+        author_key_signature: signature(if author { 0x60 } else { 0 }),
+        author_public_key: key(2, 0x70),
+    }
+}
+
+/// Without an author key.
+fn anonymous_block() -> IgvmDirectiveHeader {
+    let mut block = id_block(0);
+    if let IgvmDirectiveHeader::SnpIdBlock { author_key_signature, author_public_key, .. } = &mut block {
+        author_key_signature.s_comp = [0; 72];
+        **author_public_key = IGVM_VHS_SNP_ID_BLOCK_PUBLIC_KEY { curve: 0, reserved: 0, qx: [0; 72], qy: [0; 72] };
+    }
+    block
+}
+
+/// Written and read by the igvm crate, then laid out as the firmware ABI has it.
+#[test]
+fn the_id_block_is_the_firmwares() {
+    let mut bytes = Vec::new();
+    file(vec![normal(0x5000, &[1]), context(0), id_block(1)]).unwrap().serialize(&mut bytes).unwrap();
+    let image = IgvmImage::parse(&bytes, &Parameters::default()).unwrap();
+    let block = image.id_block().unwrap();
+    let expected =
+        [&[0x11; 48][..], &[0x22; 16], &[0x33; 16], &[1, 0, 0, 0], &[1, 2, 3, 4], &0x3_0000_u64.to_le_bytes()];
+    assert_eq!(block.block[..], expected.concat());
+    let zeros = |bytes: usize| vec![0; bytes];
+    let signature = |first: u8| [vec![first; 72], vec![first + 1; 72], zeros(512 - 144)].concat();
+    let key = |first: u8| [vec![2, 0, 0, 0], vec![first; 72], vec![first + 1; 72], zeros(1028 - 148)].concat();
+    let algorithms = vec![1, 0, 0, 0, 1, 0, 0, 0];
+    let id = [algorithms, zeros(56), signature(0x40), key(0x50), zeros(60)].concat();
+    let auth = [id, signature(0x60), key(0x70), zeros(892)].concat();
+    assert_eq!(block.auth[..], auth);
+    assert!(block.author_key);
+    // What the file says is what the launch has to come to.
+    let options = image.finish_options();
+    assert_eq!((options.expected, options.id_block.as_ref()), (Some(LaunchDigest::new([0x11; 48])), Some(block)));
+
+    let image = load(vec![context(0), anonymous_block()]).unwrap();
+    let block = image.id_block().unwrap();
+    assert!(!block.author_key && block.auth[0x680..].iter().all(|byte| *byte == 0));
+    let none = load(vec![context(0)]).unwrap().finish_options();
+    assert_eq!((none.expected, none.id_block), (None, None));
+}
+
+#[test]
+fn an_id_block_that_makes_no_sense_is_refused() {
+    let reason = |result: Result<IgvmImage, IgvmError>| match result.unwrap_err() {
+        IgvmError::IdBlock { reason } => reason,
+        other => panic!("{other}"),
+    };
+    assert_eq!(reason(load(vec![anonymous_block(), anonymous_block()])), "twice");
+    assert_eq!(reason(load(vec![id_block(0)])), "an author key that is not enabled");
+    assert_eq!(reason(load(vec![id_block(2)])), "an author key is enabled or not");
+    let platforms = vec![platform(IgvmPlatformType::SEV_SNP)];
+    let no_policy = IgvmFile::new(IgvmRevision::V1, platforms, vec![], vec![anonymous_block()]).unwrap();
+    let refused = IgvmImage::from_file(&no_policy, &Parameters::default());
+    assert_eq!(reason(refused), "the file has no policy to vouch for");
+}
+
+/// The model's firmware takes the block for the digest that it vouches for; with another the VM is not lost.
+#[test]
+fn a_launch_with_an_id_block() {
+    let vouching = |digest: [u8; 48]| {
+        let mut block = anonymous_block();
+        if let IgvmDirectiveHeader::SnpIdBlock { ld, .. } = &mut block {
+            *ld = digest;
+        }
+        load(vec![normal(0x5000, &[1]), context(0), block]).unwrap()
+    };
+    let digest = load(vec![normal(0x5000, &[1]), context(0)]).unwrap();
+    let digest = digest.import_list().digest(digest.vmsas());
+    for good in [true, false] {
+        let image = vouching(if good { *digest.bytes() } else { [9; 48] });
+        let snp = Arc::new(SoftSnp::new());
+        let launch = Launch::init(Arc::clone(&snp) as Arc<dyn SnpCommands>, &Init::default()).unwrap();
+        let memory = CvmMemory::builder().ram(0, 1 << 20).build(Arc::new(snp.vm().clone())).unwrap();
+        let mut vcpu = snp.vm().create_vcpu();
+        snp.set_registers(0, &image.vmsas()[0]);
+        let policy = Policy::new(image.policy().unwrap()).unwrap();
+        let mut launch = launch.start(&StartOptions { policy, ..StartOptions::default() }).unwrap();
+        launch.import(&memory, image.import_list(), &mut |_| {}).unwrap();
+        let result = launch.finish(&mut [&mut vcpu], image.vmsas(), image.finish_options());
+        match good {
+            true => assert_eq!(result.unwrap().digest, digest),
+            false => assert!(matches!(result, Err(FinishError::Digest { digest: found, .. }) if found == digest)),
+        }
     }
 }
 

@@ -198,8 +198,7 @@ impl Builder {
         let limit = self.slot_size.unwrap_or(u64::MAX).clamp(PAGE_SIZE, (1 << 43) - (2 << 20)) >> PAGE_SHIFT;
         let mut next_page = FilePage::ZERO;
         for ram in &self.ram {
-            let private = file.as_ref().filter(|_| ram.convertible).map(|file| (file, next_page));
-            next_page = carve(ram, limit, private, &mut specs)?;
+            next_page = carve(ram, limit, file.as_ref().filter(|_| ram.convertible), next_page, &mut specs)?;
         }
 
         let limits = Limits {
@@ -267,18 +266,19 @@ fn check_sizes(ram: &[Ram]) -> Result<u64, BuildError> {
     Ok(total)
 }
 
-/// The slots of one range of memory, with one shared mapping. Returns the next free page of the file.
+/// The slots of one range of memory, with one shared mapping, and pages from `next` of the file if it can be private. Returns
+/// the next free page of the file.
 fn carve(
     ram: &Ram,
     limit: u64,
-    private: Option<(&Arc<GuestMemfd>, FilePage)>,
+    private: Option<&Arc<GuestMemfd>>,
+    mut next: FilePage,
     specs: &mut Vec<SlotSpec>,
 ) -> Result<FilePage, BuildError> {
     let &Ram { gpa, size, .. } = ram;
     let range = |error| BuildError::Range { gpa, size, error };
     let gfns = GfnRange::from_bytes(gpa, size).map_err(range)?;
     let backing: Arc<dyn SharedBacking> = Arc::new(SharedMemory::new(size)?);
-    let mut next = private.map_or(FilePage::ZERO, |(_, page)| page);
     for part in gfns.split_every(limit) {
         let offset = part.start_byte().saturating_sub(gfns.start_byte());
         specs.push(SlotSpec {
@@ -286,7 +286,7 @@ fn carve(
             gpa: part.start_byte(),
             size: part.bytes(),
             shared: SharedSlice { backing: Arc::clone(&backing), offset },
-            private: private.map(|(file, _)| (Arc::clone(file), next)),
+            private: private.map(|file| (Arc::clone(file), next)),
             flags: SlotFlags::empty(),
         });
         if private.is_some() {

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
-use crate::addr::{AddrError, FilePage, FileRange, GfnRange, PAGE_SHIFT, PAGE_SIZE};
+use crate::addr::{AddrError, FilePage, FileRange, Gfn, GfnRange, PAGE_SHIFT, PAGE_SIZE};
 use crate::backing::{SharedSlice, Space};
 use crate::convert::{LockError, Outcome, StepError};
 use crate::gmem::{FileId, GmemFlags, GuestMemfd};
@@ -129,6 +129,21 @@ pub enum SlotError {
         /// The first such frames.
         gfns: GfnRange,
     },
+    /// Pages of a file were at other frames, and this platform remembers that until they are freed: the guest would fault on
+    /// them for ever. Punch them out of the file first, or move them by an [edit](CvmMemory::edit) that does.
+    #[error("slot {slot:#x} has pages {pages:x?} of guest_memfd {file} at {wanted}, which were at {was}")]
+    Rebound {
+        /// The slot, as KVM numbers it.
+        slot: u32,
+        /// The file.
+        file: FileId,
+        /// The first such pages.
+        pages: FileRange,
+        /// The frame of the first of them.
+        was: Gfn,
+        /// Where it would be now.
+        wanted: Gfn,
+    },
     /// The record of page state does not reach so far: see [`Builder::address_limit`](super::Builder::address_limit).
     #[error("slot at gfns {gfns}")]
     Record {
@@ -196,7 +211,25 @@ impl CvmMemory {
                 return Err(SlotError::StillPrivate { slot: slot.id.raw(), gfns });
             }
         }
-        let mut undo = Undo { memory: self, space: next.clone(), fresh: Vec::new(), created: Vec::new(), armed: true };
+        let hazards = self.platform().hazards;
+        let rebound = |slot: &Memslot| frames.rebound(slot).into_iter().next().map(|pages| (slot.id.raw(), pages));
+        if hazards.pages_keep_their_frame
+            && let Some((slot, (file, pages, was, wanted))) = slots.iter().find_map(rebound)
+        {
+            return Err(SlotError::Rebound { slot, file, pages, was, wanted });
+        }
+        let mut undo = Undo {
+            memory: self,
+            space: next.clone(),
+            fresh: Vec::new(),
+            unsealed: Vec::new(),
+            created: Vec::new(),
+            armed: true,
+        };
+        for slot in slots.iter().filter(|_| hazards.holes_stick) {
+            undo.unsealed.push(slot.gfns);
+            self.converter.unseal_locked(slot.gfns).map_err(|error| SlotError::Step { gfns: slot.gfns, error })?;
+        }
         for slot in slots.iter().filter(|slot| next.is_convertible(slot)) {
             let fresh: Vec<GfnRange> = self.known.differing_runs(slot.gfns, true).collect();
             for gfns in fresh {
@@ -236,7 +269,8 @@ impl CvmMemory {
     }
 
     /// Removes a slot. The state of its pages is remembered, and so are its file's pages; what deferred discards have
-    /// left there is freed first.
+    /// left there is freed first. Where a hole would be remembered as a device, its attribute is private until it is memory
+    /// again.
     ///
     /// The guest sees it go: keep every vCPU outside `KVM_RUN`, or know what it does without that memory.
     ///
@@ -252,7 +286,9 @@ impl CvmMemory {
         let step = |error| SlotError::Step { gfns, error };
         self.converter.settle_locked(gfns).map_err(step)?;
         self.converter.announce_locked(gfns, &current, false).map_err(step)?;
-        if let Err(error) = self.set_region(&slot, 0, None) {
+        let sealed = if self.platform().hazards.holes_stick { self.converter.seal_locked(gfns) } else { Ok(()) };
+        if let Err(error) = sealed.map_err(step).and_then(|()| self.set_region(&slot, 0, None)) {
+            self.converter.unseal_locked(gfns).map_err(step)?;
             self.converter.announce_locked(gfns, &current, true).map_err(step)?;
             return Err(error);
         }
@@ -326,6 +362,8 @@ struct Undo<'a> {
     /// With the memory of the slots that were to be added.
     space: Space,
     fresh: Vec<GfnRange>,
+    /// Holes whose attributes have been made the memory's.
+    unsealed: Vec<GfnRange>,
     created: Vec<Memslot>,
     armed: bool,
 }
@@ -349,6 +387,13 @@ impl Drop for Undo<'_> {
             }
             if let Err(error) = unknown {
                 tracing::error!(%error, "memory that was not wanted stays known");
+            }
+        }
+        for &gfns in &self.unsealed {
+            // What has never been memory is left as it is.
+            let was: Vec<GfnRange> = self.memory.known.member_runs(gfns).collect();
+            if let Err(error) = was.iter().try_for_each(|gfns| self.memory.converter.seal_locked(*gfns)) {
+                tracing::error!(%error, "a hole stays that the guest may take for a device");
             }
         }
     }

@@ -7,6 +7,7 @@ pub mod guest;
 pub mod kvm_guest;
 pub mod recorder;
 pub mod skip;
+pub mod snp;
 pub mod soft_guest;
 
 pub use guest::{Guest, GuestOp, Outcome};

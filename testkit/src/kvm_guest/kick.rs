@@ -45,7 +45,7 @@ struct State {
 
 /// Who asked a run to end that ended with `EINTR`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Cause {
+pub(crate) enum Cause {
     /// Somebody kicked it.
     Kicked,
     /// It took its time.
@@ -88,7 +88,7 @@ impl Shared {
 }
 
 impl Kick {
-    pub(super) fn new(vcpu: &mut VcpuFd) -> Self {
+    pub(crate) fn new(vcpu: &mut VcpuFd) -> Self {
         static HANDLER: Once = Once::new();
         HANDLER.call_once(|| {
             extern "C" fn nothing(_: nix::libc::c_int) {}
@@ -109,12 +109,12 @@ impl Kick {
     }
 
     /// Makes the next run only complete what the last one left, or no longer so.
-    pub(super) fn set_immediate(&self, immediate: bool) {
+    pub(crate) fn set_immediate(&self, immediate: bool) {
         self.0.lock().set_immediate(immediate);
     }
 
     /// The calling thread is about to run the vCPU, for at most `patience`.
-    pub(super) fn enter(&self, patience: Duration) {
+    pub(crate) fn enter(&self, patience: Duration) {
         let mut state = self.0.lock();
         state.thread = Some(pthread_self());
         state.deadline = Instant::now().checked_add(patience);
@@ -122,7 +122,7 @@ impl Kick {
     }
 
     /// The vCPU came back, and whether with `EINTR`. Returns why, if so.
-    pub(super) fn leave(&self, interrupted: bool) -> Option<Cause> {
+    pub(crate) fn leave(&self, interrupted: bool) -> Option<Cause> {
         let mut state = self.0.lock();
         state.thread = None;
         state.deadline = None;
@@ -138,13 +138,13 @@ impl Kick {
     }
 
     /// The vCPU goes.
-    pub(super) fn forget(&self) {
+    pub(crate) fn forget(&self) {
         self.0.lock().exit = None;
         self.0.changed.notify_all();
     }
 
     /// Gets the vCPU out when it has run for too long, until it goes.
-    pub(super) fn watch(&self) {
+    pub(crate) fn watch(&self) {
         let kick = self.clone();
         let watch = move || {
             let mut state = kick.0.lock();

@@ -58,7 +58,7 @@ pub struct LongMode {
 }
 
 /// Where guests live if nobody says.
-pub(super) fn place(slots: u64, vcpu: u64) -> Placement {
+pub(crate) fn place(slots: u64, vcpu: u64) -> Placement {
     // Right below 4 GiB there are firmware and interrupt controllers; this is the hole for 32-bit PCI devices.
     Placement { slot: super::high_slot(slots, vcpu), gpa: 0xf000_0000 + vcpu * 0x10_0000 }
 }

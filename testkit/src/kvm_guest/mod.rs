@@ -9,10 +9,10 @@
 //! dealt with between two runs. Long operations are done in pieces, which is not visible from outside.
 
 mod kick;
-mod long_mode;
+pub(crate) mod long_mode;
 mod mode;
 mod real_mode;
-mod support;
+pub(crate) mod support;
 mod tables;
 
 use std::arch::x86_64::__cpuid;
@@ -30,7 +30,7 @@ use crate::guest::{Guest, GuestOp, Outcome};
 use mode::{Cpu, Mode, Step};
 use support::{EXCHANGE, EXCHANGE_SIZE, Support};
 
-use kick::Cause;
+pub(crate) use kick::Cause;
 pub use kick::Kick;
 pub use long_mode::LongMode;
 pub use real_mode::RealMode;

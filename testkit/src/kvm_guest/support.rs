@@ -21,11 +21,11 @@ pub struct Placement {
     pub gpa: u64,
 }
 
-pub(super) const STUBS: u64 = 0;
-pub(super) const STACK_TOP: u64 = 0x2000;
-pub(super) const EXCHANGE: u64 = 0x2000;
-pub(super) const EXCHANGE_SIZE: u64 = 0x1_0000;
-pub(super) const TABLES: u64 = EXCHANGE + EXCHANGE_SIZE;
+pub(crate) const STUBS: u64 = 0;
+pub(crate) const STACK_TOP: u64 = 0x2000;
+pub(crate) const EXCHANGE: u64 = 0x2000;
+pub(crate) const EXCHANGE_SIZE: u64 = 0x1_0000;
+pub(crate) const TABLES: u64 = EXCHANGE + EXCHANGE_SIZE;
 
 /// That memory, and its slot.
 #[derive(Debug)]
@@ -37,7 +37,7 @@ pub struct Support {
 
 impl Support {
     /// Puts `size` bytes of fresh memory at `place`.
-    pub(super) fn new(vm: &KvmVm, place: Placement, size: u64) -> Self {
+    pub(crate) fn new(vm: &KvmVm, place: Placement, size: u64) -> Self {
         let memory =
             MmapRegion::new(usize::try_from(size).expect("a small size")).expect("memory for the guest's code");
         let support = Self { vm: vm.clone(), place, memory };
@@ -60,29 +60,29 @@ impl Support {
     }
 
     /// Guest physical address of the byte at `offset`.
-    pub(super) const fn gpa(&self, offset: u64) -> u64 {
+    pub(crate) const fn gpa(&self, offset: u64) -> u64 {
         self.place.gpa + offset
     }
 
-    pub(super) fn size(&self) -> u64 {
+    pub(crate) fn size(&self) -> u64 {
         self.memory.size() as u64
     }
 
-    pub(super) fn write(&self, offset: u64, bytes: &[u8]) {
+    pub(crate) fn write(&self, offset: u64, bytes: &[u8]) {
         self.memory.as_volatile_slice().write_slice(bytes, at(offset)).expect("within the guest's own memory");
     }
 
-    pub(super) fn read(&self, offset: u64, len: usize) -> Vec<u8> {
+    pub(crate) fn read(&self, offset: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
         self.memory.as_volatile_slice().read_slice(&mut bytes, at(offset)).expect("within the guest's own memory");
         bytes
     }
 
-    pub(super) fn write_u64(&self, offset: u64, value: u64) {
+    pub(crate) fn write_u64(&self, offset: u64, value: u64) {
         self.write(offset, &value.to_le_bytes());
     }
 
-    pub(super) fn read_u64(&self, offset: u64) -> u64 {
+    pub(crate) fn read_u64(&self, offset: u64) -> u64 {
         self.memory.as_volatile_slice().read_obj(at(offset)).expect("within the guest's own memory")
     }
 }

@@ -1,5 +1,4 @@
-//! A guest with SEV-SNP on the software KVM: it accepts private pages before it uses them, and asks for page state changes
-//! by its GHCB page.
+//! A guest with SEV-SNP: it accepts private pages before it uses them, and asks for page state changes by its GHCB page.
 //!
 //! It accepts a page when it first gets an exception there. Unlike Linux it does not take acceptance back before it shares a
 //! page, because another vCPU may be converting the same page just then.
@@ -10,17 +9,17 @@ use cvm_memory::addr::PAGE_SIZE;
 use cvm_memory::hypervisor::{Exit, PreFaultMemory, Vcpu};
 use cvm_memory::soft::{GuestOp as SoftOp, OpResult, SoftVcpu};
 use cvm_memory_sev::ghcb::page::{
-    EXIT_CODE, EXIT_INFO_1, EXIT_INFO_2, EXIT_PSC, SCRATCH, SHARED_BUFFER, VALID_BITMAP, valid_bit,
+    EXIT_CODE, EXIT_INFO_1, EXIT_INFO_2, EXIT_PSC, SCRATCH, SHARED_BUFFER, VALID_BITMAP, VERSION, valid_bit,
 };
 use cvm_memory_sev::ghcb::psc::{Entry, Header, MAX_ENTRIES};
 use cvm_memory_sev::ghcb::{Operation, msr};
 use cvm_memory_sev::rmp::{PAGES_PER_2M, Size};
-use cvm_memory_sev::soft::{SoftSnp, pvalidate, vmgexit};
-use cvm_memory_testkit::{Guest, GuestOp, Outcome};
+use cvm_memory_sev::soft::{pvalidate, vmgexit};
 use nix::errno::Errno;
 
-/// Where the GHCB pages are: below the guest's memory.
-pub const GHCBS: u64 = 3 << 30;
+use super::SnpVcpu;
+use crate::guest::{Guest, GuestOp, Outcome};
+
 /// How often an operation is tried whose pages other vCPUs keep taking away.
 const ATTEMPTS: u32 = 1000;
 const EINVAL: u64 = 22;
@@ -36,9 +35,38 @@ enum Doing {
     Change(u64),
 }
 
+/// What executes single steps: a vCPU of the software KVM, or one of the real KVM that is told what to do.
+pub trait Processor: Vcpu {
+    /// Tells it what to do next.
+    fn begin(&mut self, step: SoftOp);
+    /// What came of it, once; `None` while it is unfinished.
+    fn finished(&mut self) -> Option<OpResult>;
+}
+
+impl Processor for SoftVcpu {
+    fn begin(&mut self, step: SoftOp) {
+        self.start(step);
+    }
+
+    fn finished(&mut self) -> Option<OpResult> {
+        self.take_result()
+    }
+}
+
+impl Processor for SnpVcpu {
+    fn begin(&mut self, step: SoftOp) {
+        self.start(step);
+    }
+
+    fn finished(&mut self) -> Option<OpResult> {
+        self.take_result()
+    }
+}
+
+/// A vCPU with a guest on it that converts and accepts as it has to.
 #[derive(Debug)]
-pub struct SnpSoftGuest {
-    vcpu: SoftVcpu,
+pub struct SnpGuest<P> {
+    vcpu: P,
     private: bool,
     ghcb: u64,
     registered: bool,
@@ -48,18 +76,22 @@ pub struct SnpSoftGuest {
     steps: VecDeque<SoftOp>,
 }
 
-impl SnpSoftGuest {
-    pub fn new(snp: &SoftSnp, id: u64) -> Self {
+impl<P: Processor> SnpGuest<P> {
+    /// A guest whose GHCB page is at `ghcb`, in shared memory.
+    pub const fn new(vcpu: P, ghcb: u64) -> Self {
         let op = SoftOp::Fetch { gpa: 0, private: true };
-        let ghcb = GHCBS + id * PAGE_SIZE;
-        let vcpu = snp.vm().create_vcpu();
         Self { vcpu, private: true, ghcb, registered: false, op, doing: Doing::Access(0), steps: VecDeque::new() }
+    }
+
+    /// What executes its steps, for single ones between two operations.
+    pub const fn processor(&mut self) -> &mut P {
+        &mut self.vcpu
     }
 
     fn next(&mut self) -> bool {
         let step = self.steps.pop_front();
         let more = step.is_some();
-        step.into_iter().for_each(|step| self.vcpu.start(step));
+        step.into_iter().for_each(|step| self.vcpu.begin(step));
         more
     }
 
@@ -93,6 +125,7 @@ impl SnpSoftGuest {
                 self.write(offset, &value.to_le_bytes());
             }
             self.write(VALID_BITMAP, &bitmap);
+            self.write(VERSION, &2_u16.to_le_bytes());
             self.steps.push_back(vmgexit(self.ghcb));
             self.steps.push_back(SoftOp::Read { gpa: self.ghcb + EXIT_INFO_2, len: 8, private: false });
         }
@@ -110,7 +143,7 @@ fn pages(op: &SoftOp) -> std::ops::Range<u64> {
     gpa / PAGE_SIZE..(gpa + len).div_ceil(PAGE_SIZE)
 }
 
-impl Vcpu for SnpSoftGuest {
+impl<P: Processor> Vcpu for SnpGuest<P> {
     fn pre_fault_memory(&mut self, range: &mut PreFaultMemory) -> Result<(), Errno> {
         self.vcpu.pre_fault_memory(range)
     }
@@ -121,7 +154,7 @@ impl Vcpu for SnpSoftGuest {
     }
 }
 
-impl Guest for SnpSoftGuest {
+impl<P: Processor> Guest for SnpGuest<P> {
     fn start(&mut self, op: GuestOp) {
         let private = self.private;
         self.steps.clear();
@@ -140,13 +173,13 @@ impl Guest for SnpSoftGuest {
                 return;
             }
         };
-        self.vcpu.start(self.op.clone());
+        self.vcpu.begin(self.op.clone());
     }
 
     /// # Panics
     /// If the guest does not get at its memory however often it accepts it.
     fn result(&mut self) -> Option<Outcome> {
-        let result = self.vcpu.take_result()?;
+        let result = self.vcpu.finished()?;
         match (&mut self.doing, result) {
             (Doing::Access(attempts), OpResult::Exception) => {
                 let attempts = *attempts + 1;

@@ -96,8 +96,16 @@ impl Arch for SnpArch {
         checked.map_err(|fault| match fault {
             Fault::NotValidated => Denied::Exception,
             // KVM finds the page mapped and assigned, and enters the guest again.
-            Fault::NotYours | Fault::Assigned | Fault::Size => Denied::Spin,
+            Fault::NotYours | Fault::Assigned | Fault::Size => {
+                machine.host.deny();
+                Denied::Spin
+            }
         })
+    }
+
+    /// The processor makes #VC of an access by a mapping that says "MMIO", so that KVM never sees that it is out of date.
+    fn sticky_mmio(&self) -> bool {
+        true
     }
 
     fn pre_fault_allowed(&self) -> bool {

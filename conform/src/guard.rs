@@ -5,18 +5,23 @@
 use cvm_memory_testkit::KvmGuest;
 
 use crate::machine::Shape;
-use crate::scenario::{AREA_BYTES, Area, Hva, LOG_PAGES, Operation};
+use crate::scenario::{AREA_BYTES, Area, Hva, Kind, LOG_PAGES, Operation};
 
 /// Pages that one operation may be about.
 const MANY_PAGES: u64 = 1 << 14;
 const PAGE: u64 = 4096;
 const FALLOC_FL_KEEP_SIZE: u32 = 1;
 const LOG_DIRTY: u32 = 1;
+/// Bits of an SNP guest's addresses in the lab: above them is the C-bit.
+pub(crate) const SNP_GUEST_BITS: u32 = 39;
 
 /// Why `operation` is not played; `None` if it is.
 pub fn refuse(shape: Shape, operation: &Operation) -> Option<&'static str> {
     if operation.vcpu().is_some_and(|vcpu| vcpu >= shape.vcpus) {
         return Some("there is no such vCPU");
+    }
+    if let Some(reason) = platform(shape, operation) {
+        return Some(reason);
     }
     match *operation {
         Operation::Region { flags, size, .. } if flags & LOG_DIRTY != 0 && (1 << 30..1 << 44).contains(&size) => {
@@ -54,7 +59,33 @@ pub fn refuse(shape: Shape, operation: &Operation) -> Option<&'static str> {
         | Operation::Map { .. }
         | Operation::EnableCap { .. }
         | Operation::GetDirty { .. }
-        | Operation::MapGpaRange { .. } => None,
+        | Operation::MapGpaRange { .. }
+        | Operation::Psc { .. }
+        | Operation::PscPage { .. }
+        | Operation::Vmgexit { .. } => None,
+        Operation::Pvalidate { gpa, .. } => guest(shape, gpa, PAGE),
+    }
+}
+
+/// What guests of the other kinds do.
+fn platform(shape: Shape, operation: &Operation) -> Option<&'static str> {
+    let snp = shape.kind == Kind::Snp;
+    match *operation {
+        Operation::Pvalidate { .. } | Operation::Psc { .. } | Operation::PscPage { .. } | Operation::Vmgexit { .. }
+            if !snp =>
+        {
+            Some("only SNP guests do that")
+        }
+        Operation::MapGpaRange { .. } if snp => Some("SNP guests ask otherwise"),
+        Operation::Fetch { private: false, .. } if snp => Some("instructions are private"),
+        Operation::Pvalidate { gpa, large: true, .. } if !gpa.is_multiple_of(512 * PAGE) => {
+            Some("the emulation does not do as the processor does")
+        }
+        Operation::PscPage { ref entries, .. } if entries.0.len() > 253 => Some("too many entries"),
+        Operation::Vmgexit { value, .. } if matches!(value & 0xfff, 0 | 0x002 | 0x004 | 0x006) => {
+            Some("a request that is not about memory, or another page")
+        }
+        _ => None,
     }
 }
 
@@ -88,7 +119,8 @@ fn own_memory(shape: Shape, gpa: u64, end: u64) -> bool {
 }
 
 fn guest(shape: Shape, gpa: u64, len: u64) -> Option<&'static str> {
-    let reach = 1 << shape.physical_bits.min(47);
+    let bits = if shape.kind == Kind::Snp { SNP_GUEST_BITS } else { 47 };
+    let reach = 1 << shape.physical_bits.min(bits);
     match gpa.checked_add(len) {
         Some(end) if end <= reach => own_memory(shape, gpa, end).then_some("a guest's own memory"),
         _ => Some("out of the guest's reach"),

@@ -2,6 +2,7 @@
 //! after every operation.
 //!
 //! - [`Live`] is a VM behind the library's own seam: of the software KVM, or of `/dev/kvm`.
+//! - [`Snp`] is one of the SNP platform: of its model, or of KVM's SNP code in the lab.
 //! - [`Reference`] interprets the kernel contract, slowly and page by page, and shares no code with either.
 //!
 //! What the library itself does, on top of either, has scenarios of its own: see [`library`].
@@ -26,6 +27,7 @@ pub mod random;
 pub mod reference;
 pub mod run;
 pub mod scenario;
+pub mod snp;
 pub mod suite;
 
 pub use live::Live;
@@ -34,3 +36,4 @@ pub use observation::{End, Observation, Seen};
 pub use play::{Difference, Played, play};
 pub use reference::Reference;
 pub use scenario::{Operation, Scenario, Step};
+pub use snp::Snp;

@@ -42,7 +42,7 @@ pub struct Live {
 }
 
 impl Live {
-    fn around(
+    pub(crate) fn around(
         name: &'static str,
         shape: Shape,
         vm: Arc<dyn Hypervisor>,
@@ -174,7 +174,11 @@ impl Machine for Live {
             | Operation::Store { .. }
             | Operation::Fetch { .. }
             | Operation::Dump { .. }
-            | Operation::MapGpaRange { .. } => {
+            | Operation::MapGpaRange { .. }
+            | Operation::Pvalidate { .. }
+            | Operation::Psc { .. }
+            | Operation::PscPage { .. }
+            | Operation::Vmgexit { .. } => {
                 let vcpu = operation.vcpu().unwrap_or_default();
                 return guests::play(&mut *self.guests[usize::from(vcpu)], operation);
             }

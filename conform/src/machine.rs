@@ -10,6 +10,11 @@ pub trait Machine {
 
     /// Carries out one operation. Those that [`guard`](crate::guard) keeps out never come here.
     fn play(&mut self, operation: &Operation) -> Observation;
+
+    /// What there is to be seen besides once an operation is over, of machines that have such.
+    fn state(&mut self) -> Option<String> {
+        None
+    }
 }
 
 /// What all machines that are compared have in common.

@@ -72,6 +72,12 @@ pub enum End {
     Data(Vec<u8>),
     /// A hypercall returned this.
     Answer(u64),
+    /// A GHCB page: the register, both infos, the buffer.
+    Words(Vec<u64>),
+    /// The guest got an exception, of which the host hears nothing.
+    Exception,
+    /// The guest has met MMIO, and would have to ask for it.
+    Mmio,
     /// `KVM_EXIT_MEMORY_FAULT`.
     Fault {
         /// What `KVM_RUN` failed with.
@@ -186,6 +192,9 @@ impl fmt::Display for End {
             Self::Done => out.write_str("done"),
             Self::Data(bytes) => write!(out, "data {}", Runs(bytes)),
             Self::Answer(answer) => write!(out, "answer {:#x}", answer),
+            Self::Words(words) => write!(out, "words {words:x?}"),
+            Self::Exception => out.write_str("exception"),
+            Self::Mmio => out.write_str("mmio"),
             Self::Fault { errno, flags, gpa, size } => {
                 write!(out, "fault {} flags={flags:#x} gpa={gpa:#x} size={size:#x}", Name(*errno))
             }

@@ -85,13 +85,20 @@ pub fn play(
             let name = machine.name();
             seen.push((name, bounded(name, &operation, || machine.play(&operation))));
         }
-        let agreed = known.agree(&operation, &mut seen, &mut played.explained);
+        let states: Vec<Option<String>> = machines.iter_mut().map(|machine| machine.state()).collect();
+        let mut told = states.iter().flatten();
+        let same_state = told.next().is_none_or(|first| told.all(|other| other == first));
+        let agreed = known.agree(&operation, &mut seen, &mut played.explained) && same_state;
         let as_expected = expected.is_none_or(|expected| {
             let mut known = seen.iter().filter(|(_, seen)| *seen != Observation::Unknown && known.is_comparable(seen));
             known.all(|(_, observation)| observation.to_string() == expected)
         });
         if !agreed || !as_expected {
-            let mut seen: Vec<_> = seen.into_iter().map(|(name, seen)| (name, seen.to_string())).collect();
+            let both = |((name, seen), state): ((_, Observation), Option<String>)| match state {
+                Some(state) => (name, format!("{seen}; then {state}")),
+                None => (name, seen.to_string()),
+            };
+            let mut seen: Vec<_> = seen.into_iter().zip(states).map(both).collect();
             seen.extend(expected.map(|expected| ("expected", expected.to_string())));
             return Err(Box::new(Difference { step, operation, seen }));
         }
@@ -118,7 +125,7 @@ fn contents(scenario: &Scenario, shape: Shape) -> Vec<Operation> {
             }
             Operation::Attributes { gpa, size, .. } | Operation::Prefault { gpa, size, .. } => Some((gpa, size)),
             Operation::Load { gpa, len, .. } | Operation::Store { gpa, len, .. } => Some((gpa, len.into())),
-            Operation::Fetch { gpa, .. } => Some((gpa, 1)),
+            Operation::Fetch { gpa, .. } | Operation::Pvalidate { gpa, .. } => Some((gpa, 1)),
             Operation::Dump { gpa, pages, .. } => Some((gpa, pages.saturating_mul(PAGE))),
             Operation::Create { file, size, .. } if size <= AREA_BYTES && size % PAGE == 0 => {
                 areas.insert((Area::File(file), size));
@@ -151,6 +158,14 @@ fn contents(scenario: &Scenario, shape: Shape) -> Vec<Operation> {
         Kind::Default => operations.extend(runs.iter().map(dump(false))),
         // Of what accesses say, the other kind is a fault.
         Kind::Tagged => operations.extend(runs.iter().map(dump(true)).chain(runs.iter().map(dump(false)))),
+        // And what there is in private pages that the guest has accepted, once the attributes do not hide it.
+        Kind::Snp => {
+            operations.extend(runs.iter().map(dump(true)).chain(runs.iter().map(dump(false))));
+            let convert =
+                |(gpa, pages): &(u64, u64)| Operation::Attributes { gpa: *gpa, size: pages * PAGE, attributes: 8, flags: 0 };
+            operations.extend(runs.iter().map(convert));
+            operations.extend(runs.iter().map(dump(true)));
+        }
         // Both sides of every page: as the scenario left it, and with the attribute turned over, twice.
         Kind::Protected => {
             operations.extend(runs.iter().map(dump(false)));

@@ -8,8 +8,11 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::select;
 
+use crate::guard;
 use crate::machine::Shape;
 use crate::scenario::{Area, Descriptor, File, Hva, Kind, Operation, Scenario};
+
+mod snp;
 
 const PAGE: u64 = 4096;
 /// First byte of the window in which most happens.
@@ -38,12 +41,17 @@ pub fn scenario(shape: Shape) -> impl Strategy<Value = Scenario> {
     let Shape { kind, vcpus, .. } = shape;
     let files = vec(usual_file(kind), 0..=5);
     let slots = vec(prop_oneof![2 => gmem_slot(kind), 1 => plain_slot()], 0..=6);
+    // What is private at first can be accepted and used from the beginning.
+    let private = (any::<u8>(), 0..WINDOW_PAGES).prop_map(move |(any, pages)| {
+        let there = kind == Kind::Snp && any >= 64 && pages > 0;
+        there.then_some(Operation::Attributes { gpa: WINDOW, size: pages * PAGE, attributes: 8, flags: 0 })
+    });
     // Most operations are about something that is there.
     let aim = prop_oneof![1 => Just(None), 3 => any::<u8>().prop_map(Some)];
     let rest = vec((operation(shape), aim), 1..100);
-    (files, slots, rest).prop_map(move |(files, slots, rest)| {
+    (files, slots, private, rest).prop_map(move |(files, slots, private, rest)| {
         let mut there = There::default();
-        let first = files.into_iter().chain(slots).map(|operation| (operation, None));
+        let first = files.into_iter().chain(slots).chain(private).map(|operation| (operation, None));
         let steps = first.chain(rest).map(|(mut operation, aim)| {
             if let Some(aim) = aim {
                 there.aim(&mut operation, usize::from(aim));
@@ -108,6 +116,8 @@ impl There {
             | Operation::Fetch { gpa, .. }
             | Operation::Prefault { gpa, .. }
             | Operation::Attributes { gpa, .. }
+            | Operation::Pvalidate { gpa, large: false, .. }
+            | Operation::Psc { gpa, .. }
             | Operation::MapGpaRange { gpa, .. } => {
                 if let Some((_, start, size)) = self.slots.get(at % self.slots.len().max(1))
                     && *size <= 512 * PAGE
@@ -122,7 +132,12 @@ impl There {
 
 /// One operation of whatever kind.
 fn operation(shape: Shape) -> BoxedStrategy<Operation> {
-    let Shape { kind, vcpus, physical_bits } = shape;
+    let Shape { kind, vcpus, mut physical_bits } = shape;
+    if kind == Kind::Snp {
+        physical_bits = physical_bits.min(guard::SNP_GUEST_BITS);
+    }
+    let asks = if kind == Kind::Snp { snp::asks(vcpus).boxed() } else { map_gpa_range(vcpus).boxed() };
+    let asks_weight = if kind == Kind::Snp { 20 } else { 2 };
     let attributes_weight = if kind == Kind::Default { 1 } else { 8 };
     prop_oneof![
         2 => usual_file(kind),
@@ -145,10 +160,10 @@ fn operation(shape: Shape) -> BoxedStrategy<Operation> {
         10 => load(vcpus, physical_bits),
         12 => store(vcpus, physical_bits),
         2 => (0..vcpus, address(physical_bits), any::<bool>())
-            .prop_map(|(vcpu, gpa, private)| Operation::Fetch { vcpu, gpa, private }),
+            .prop_map(move |(vcpu, gpa, private)| Operation::Fetch { vcpu, gpa, private: private || kind == Kind::Snp }),
         1 => (0..vcpus, page(), 1..=4_u64, any::<bool>())
             .prop_map(|(vcpu, gpa, pages, private)| Operation::Dump { vcpu, gpa, pages, private }),
-        2 => map_gpa_range(vcpus),
+        asks_weight => asks,
     ]
     .boxed()
 }
@@ -244,19 +259,34 @@ fn plain_slot() -> impl Strategy<Value = Operation> {
     })
 }
 
+/// A page of a file; `None` is the one that goes with the address. An RMP knows at which address a page is, and a guest that
+/// finds it elsewhere is lost.
+fn offset(kind: Kind) -> BoxedStrategy<Option<u64>> {
+    let any = (0..FILE_PAGES / 2).prop_map(Some);
+    if kind == Kind::Snp { prop_oneof![9 => Just(None), 1 => any].boxed() } else { any.boxed() }
+}
+
 /// A slot with a file.
 fn gmem_slot(kind: Kind) -> impl Strategy<Value = Operation> {
     // A file that the process can map is to be given its own mapping.
     let mapped = if kind == Kind::Default { 2 } else { 1 };
-    (0..SLOTS, page(), size(), file(), 0..FILE_PAGES / 2, prop_oneof![2 => Just(false), mapped => Just(true)]).prop_map(
-        |(slot, gpa, size, file, page, mapped)| Operation::Region {
-            slot,
-            flags: GUEST_MEMFD,
-            gpa,
-            size,
-            hva: if mapped { Hva::In(Area::File(file), page * PAGE) } else { usual_hva(slot) },
-            file: Descriptor::File(file),
-            offset: page * PAGE,
+    (0..SLOTS, page(), size(), file(), offset(kind), prop_oneof![2 => Just(false), mapped => Just(true)]).prop_map(
+        |(slot, gpa, size, file, page, mapped)| {
+            // The same page of a file at the same address, mostly.
+            let page = page.unwrap_or(if gpa < BORDER - BORDER_PAGES * PAGE {
+                (gpa - WINDOW) / PAGE
+            } else {
+                8 + (gpa + BORDER_PAGES * PAGE - BORDER) / PAGE
+            });
+            Operation::Region {
+                slot,
+                flags: GUEST_MEMFD,
+                gpa,
+                size,
+                hva: if mapped { Hva::In(Area::File(file), page * PAGE) } else { usual_hva(slot) },
+                file: Descriptor::File(file),
+                offset: page * PAGE,
+            }
         },
     )
 }

@@ -210,6 +210,10 @@ impl Machine for Reference {
             Operation::MapGpaRange { gpa, pages, attributes, answer, .. } => {
                 return self.map_gpa_range(gpa, pages, attributes, answer);
             }
+            Operation::Pvalidate { .. }
+            | Operation::Psc { .. }
+            | Operation::PscPage { .. }
+            | Operation::Vmgexit { .. } => return Observation::Unknown,
         };
         Observation::Call(answer)
     }

@@ -9,6 +9,7 @@ use crate::play::{Difference, Played, play};
 use crate::reference::Reference;
 use crate::run::Tally;
 use crate::scenario::{Operation, Scenario};
+use crate::snp::{self, Snp};
 
 /// The software KVM against the interpreter of the contract.
 ///
@@ -36,4 +37,16 @@ pub fn kvm(offer: &Offer, scenario: &Scenario, tally: &mut Tally) -> Result<Play
     }
     let (mut soft, mut reference) = (Live::soft(shape), Reference::new(shape));
     play(scenario, shape, &mut [&mut kvm, &mut soft, &mut reference], &offer.known, &mut count)
+}
+
+/// KVM's own SNP code in the lab against the model.
+///
+/// # Errors
+/// The first difference.
+pub fn snp_kvm(offer: &snp::Offer, scenario: &Scenario, tally: &mut Tally) -> Result<Played, Box<Difference>> {
+    let shape = Shape { vcpus: scenario.vcpus, ..offer.shape };
+    let (mut kvm, mut soft) = (Snp::kvm(offer, shape.vcpus), Snp::soft(shape));
+    play(scenario, shape, &mut [&mut kvm, &mut soft], &Differences::default(), |operation, seen| {
+        tally.count(&operation.to_string(), &seen.to_string());
+    })
 }

@@ -59,6 +59,8 @@ pub enum Denied {
     Exception,
     /// KVM gives the VM up: every later ioctl fails with `EIO`.
     KillVm,
+    /// It is carried out, but every byte that is read is this and not what is in memory. Of reads only.
+    Noise(u8),
 }
 
 /// What a platform's own guest operation does next.
@@ -234,6 +236,12 @@ pub trait Arch: fmt::Debug + Send + Sync {
     /// Whether a shared access without a slot leaves a mapping that says "MMIO" for good: KVM only hears of the first, and
     /// a slot created there later stays out of reach.
     fn sticky_mmio(&self) -> bool {
+        false
+    }
+
+    /// Whether a shared read goes through a mapping of private memory, of which KVM then does not hear. What it finds is
+    /// [`check_access`](Self::check_access)'s affair.
+    fn shared_reads_pass(&self) -> bool {
         false
     }
 

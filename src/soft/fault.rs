@@ -82,6 +82,13 @@ pub(super) enum Walk {
     Failed(Errno),
 }
 
+/// Where the hardware finds what an access is about.
+enum Found<'a> {
+    At(&'a Target),
+    /// Nowhere: every byte that is read is this.
+    Noise(u8),
+}
+
 /// The MMU at one moment, for an instruction of the platform.
 #[derive(Debug)]
 pub(super) struct View<'a>(pub(super) &'a Mmu);
@@ -136,8 +143,16 @@ impl Vm {
                 Err(walk) => return (index, walk),
             }
         }
-        for (index, (target, (_, offset, data))) in targets.into_iter().zip(pieces).enumerate() {
-            if let Err(errno) = copy(target, *offset, data) {
+        for (index, (found, (_, offset, data))) in targets.into_iter().zip(pieces).enumerate() {
+            let copied = match (found, data) {
+                (Found::At(target), data) => copy(target, *offset, data),
+                (Found::Noise(byte), Data::Read(bytes) | Data::Fetch(bytes)) => {
+                    bytes.fill(byte);
+                    Ok(())
+                }
+                (Found::Noise(_), Data::Write(_)) => Err(Errno::EFAULT),
+            };
+            if let Err(errno) = copied {
                 return (index, Walk::Failed(errno));
             }
         }
@@ -151,7 +166,7 @@ impl Vm {
         gfn: Gfn,
         kind: AccessKind,
         requested: bool,
-    ) -> Result<&'a Target, Walk> {
+    ) -> Result<Found<'a>, Walk> {
         let spte = mmu.lookup(requested, gfn).ok_or(Walk::Fault(Missing::Plain))?;
         if let Target::Mmio(of) = spte.target {
             return Err(match (self.arch().access_is_private(requested, false), self.arch().sticky_mmio()) {
@@ -162,12 +177,16 @@ impl Vm {
             });
         }
         let private = self.arch().access_is_private(requested, spte.private);
-        if !spte.allows(private, kind) {
+        let shared_read = !private && kind == AccessKind::Read && self.arch().shared_reads_pass();
+        if !spte.allows(if shared_read { spte.private } else { private }, kind) {
             return Err(Walk::Fault(Missing::Plain));
         }
         let access = Access { gfn, kind, private, page: spte.target.gmem_page() };
-        self.arch().check_access(&access).map_err(Walk::Denied)?;
-        Ok(&spte.target)
+        match self.arch().check_access(&access) {
+            Ok(()) => Ok(Found::At(&spte.target)),
+            Err(Denied::Noise(byte)) if kind != AccessKind::Write => Ok(Found::Noise(byte)),
+            Err(denied) => Err(Walk::Denied(denied)),
+        }
     }
 
     /// A fault at `gfn`, by the vCPU with that dirty ring. The caller is in an SRCU section, so that no slot it finds goes away

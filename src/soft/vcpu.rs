@@ -302,7 +302,8 @@ impl SoftVcpu {
                 Walk::Failed(errno) => return Err(errno),
                 Walk::Denied(Denied::Exception) => return Ok(Ok(Piece::Exception)),
                 Walk::Denied(Denied::KillVm) => self.vm.kill(),
-                Walk::Denied(Denied::Spin) => std::thread::yield_now(),
+                // Noise is for reads: a write that gets it never comes to pass.
+                Walk::Denied(Denied::Spin | Denied::Noise(_)) => std::thread::yield_now(),
                 Walk::Fault(missing) => {
                     let Some((gfn, _, data)) = pieces.get(index) else { return Err(Errno::EIO) };
                     match self.fault(*gfn, data.kind(), private, missing)? {

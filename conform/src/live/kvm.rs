@@ -70,6 +70,6 @@ pub const fn platform(kind: Kind) -> Option<Platform> {
     match kind {
         Kind::Default => Some(Platform::DEFAULT),
         Kind::Protected => Some(Platform::SOFTWARE_PROTECTED),
-        Kind::Tagged => None,
+        Kind::Tagged | Kind::Snp => None,
     }
 }

@@ -41,5 +41,6 @@ fn soft_vm(kind: Kind) -> SoftVm {
         Kind::Default => SoftVm::default_type(),
         Kind::Protected => SoftVm::software_protected(),
         Kind::Tagged => SoftVm::tagged(),
+        Kind::Snp => unreachable!("those are launched: `Snp::soft`"),
     }
 }

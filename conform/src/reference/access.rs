@@ -40,7 +40,7 @@ impl Reference {
         match self.shape.kind {
             Kind::Default => false,
             Kind::Protected => self.private.contains(&gfn) && !self.mmio.contains_key(&gfn),
-            Kind::Tagged => tag,
+            Kind::Tagged | Kind::Snp => tag,
         }
     }
 

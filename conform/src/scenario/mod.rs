@@ -29,7 +29,7 @@ use std::str::FromStr;
 
 pub use operation::Operation;
 pub(crate) use table::operations;
-pub use words::{AREA_BYTES, AREA_ROOM, Area, Descriptor, File, Hva, Kind, Word};
+pub use words::{AREA_BYTES, AREA_ROOM, Area, Descriptor, Entries, File, Hva, Kind, Word};
 use words::{Fields, Printed};
 
 /// What a guest reads where there is no memory.

@@ -1,7 +1,7 @@
 //! What is done to a VM, call by call.
 
 use super::table::operations;
-use super::words::{Descriptor, File, Hva};
+use super::words::{Descriptor, Entries, File, Hva};
 
 operations! {
     /// One operation, in full: nothing else decides what it does. Addresses, sizes and offsets in bytes.
@@ -174,6 +174,48 @@ operations! {
         /// What is answered if it comes out as an exit.
         answer: u64,
     }
+    /// An SNP guest accepts a page, or not any more.
+    Pvalidate "pvalidate" {
+        /// By which vCPU.
+        vcpu: u8,
+        /// Where.
+        gpa: u64,
+        /// 2 MiB of it.
+        large: bool,
+        /// Which of the two.
+        validate: bool,
+    }
+    /// An SNP guest asks for a page state change by register.
+    Psc "psc" {
+        /// By which vCPU.
+        vcpu: u8,
+        /// Where.
+        gpa: u64,
+        /// 1 private, 2 shared; there are no others.
+        to: u8,
+        /// What is answered if it comes out as an exit.
+        answer: u64,
+    }
+    /// An SNP guest asks for page state changes by a buffer in its GHCB page.
+    PscPage "psc-page" {
+        /// By which vCPU.
+        vcpu: u8,
+        /// The entry to begin with.
+        first: u16,
+        /// The last one.
+        last: u16,
+        /// All.
+        entries: Entries,
+        /// What is answered to every exit.
+        answer: u64,
+    }
+    /// An SNP guest exits with anything in the register of the GHCB.
+    Vmgexit "vmgexit" {
+        /// By which vCPU.
+        vcpu: u8,
+        /// That.
+        value: u64,
+    }
 }
 
 impl Operation {
@@ -185,7 +227,11 @@ impl Operation {
             | Self::Store { vcpu, .. }
             | Self::Fetch { vcpu, .. }
             | Self::Dump { vcpu, .. }
-            | Self::MapGpaRange { vcpu, .. } => Some(vcpu),
+            | Self::MapGpaRange { vcpu, .. }
+            | Self::Pvalidate { vcpu, .. }
+            | Self::Psc { vcpu, .. }
+            | Self::PscPage { vcpu, .. }
+            | Self::Vmgexit { vcpu, .. } => Some(vcpu),
             _ => None,
         }
     }

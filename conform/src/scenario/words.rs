@@ -158,6 +158,8 @@ pub enum Kind {
     Protected,
     /// Accesses say by themselves whether they are private. No KVM without a vendor's hardware has it.
     Tagged,
+    /// SEV-SNP: so they do, and a page belongs to a guest at an address ([`snp`](crate::snp)).
+    Snp,
 }
 
 impl Word for Kind {
@@ -166,6 +168,7 @@ impl Word for Kind {
             Self::Default => "default",
             Self::Protected => "protected",
             Self::Tagged => "tagged",
+            Self::Snp => "snp",
         })
     }
 
@@ -174,8 +177,31 @@ impl Word for Kind {
             "default" => Some(Self::Default),
             "protected" => Some(Self::Protected),
             "tagged" => Some(Self::Tagged),
+            "snp" => Some(Self::Snp),
             _ => None,
         }
+    }
+}
+
+/// Entries of a buffer of page state changes, as they stand there: `0x1010000000000,2`; `none` if there are none.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Entries(pub Vec<u64>);
+
+impl Word for Entries {
+    fn print(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some((first, others)) = self.0.split_first() else { return out.write_str("none") };
+        first.print(out)?;
+        others.iter().try_for_each(|entry| {
+            out.write_str(",")?;
+            entry.print(out)
+        })
+    }
+
+    fn parse(word: &str) -> Option<Self> {
+        if word == "none" {
+            return Some(Self(Vec::new()));
+        }
+        word.split(',').map(number).collect::<Option<_>>().map(Self)
     }
 }
 

@@ -53,7 +53,7 @@ pub enum Request {
     Terminate,
     /// Low bits zero: the address of the GHCB page, whose contents are the request.
     Page(u64),
-    /// Anything else: KVM gives the guest up.
+    /// Anything else: KVM leaves it as it is, and the guest goes on.
     Unknown,
 }
 

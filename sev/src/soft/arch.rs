@@ -16,6 +16,8 @@ use super::state::{SaveArea, SnpArch};
 
 /// `SVM_EXIT_ERR`, as KVM reports a VMRUN that the processor refuses.
 const VMRUN_FAILED: u64 = u64::MAX;
+/// What encrypted memory is to who reads it without its key: here, one byte that is no memory's.
+const ENCRYPTED: u8 = 0xc1;
 
 impl Arch for SnpArch {
     fn platform(&self) -> Platform {
@@ -92,12 +94,28 @@ impl Arch for SnpArch {
         let mut machine = self.machine().lock();
         let pfn = machine.pfn(page);
         let write = access.kind == AccessKind::Write;
+        if !access.private && !write && machine.host.rmp().lookup(pfn).0.is_some() {
+            return Err(Denied::Noise(ENCRYPTED));
+        }
         let checked = machine.host.rmp().check(pfn, asid, access.gfn, access.private, write);
         checked.map_err(|fault| match fault {
             Fault::NotValidated => Denied::Exception,
             // KVM finds the page mapped and assigned, and enters the guest again.
-            Fault::NotYours | Fault::Assigned | Fault::Size => Denied::Spin,
+            Fault::NotYours | Fault::Assigned | Fault::Size => {
+                machine.host.deny();
+                Denied::Spin
+            }
         })
+    }
+
+    /// The processor makes #VC of an access by a mapping that says "MMIO", so that KVM never sees that it is out of date.
+    fn sticky_mmio(&self) -> bool {
+        true
+    }
+
+    /// Both kinds of access use one page table, and shared reads are not checked against the RMP.
+    fn shared_reads_pass(&self) -> bool {
+        true
     }
 
     fn pre_fault_allowed(&self) -> bool {

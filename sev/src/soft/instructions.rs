@@ -91,6 +91,9 @@ fn with_page(
         Ok(value) => Step::Done(value),
         Err(Fault::NotValidated) => Step::Exception,
         // A nested page fault, of which KVM makes nothing: for ever, unless somebody changes something.
-        Err(_) => again,
+        Err(_) => {
+            arch.machine().lock().host.deny();
+            again
+        }
     }
 }

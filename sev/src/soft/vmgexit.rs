@@ -91,7 +91,8 @@ pub(super) fn execute(arch: &SnpArch, view: &dyn GuestView, instruction: &Instru
             None => Step::Done(msr::page_state(false)),
         },
         msr::Request::UnknownOperation => Step::Done(msr::page_state(false)),
-        msr::Request::Terminate | msr::Request::Unknown => Step::Exit(SYSTEM_EVENT),
+        msr::Request::Terminate => Step::Exit(SYSTEM_EVENT),
+        msr::Request::Unknown => Step::Done(value),
         msr::Request::Page(_) => {
             let step = by_page(arch, view, instruction, gfn.wrapping_shl(12));
             step.unwrap_or_else(Step::from)

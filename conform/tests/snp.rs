@@ -1,0 +1,32 @@
+//! SNP machines: the model against KVM's own SNP code, in the lab. `CVM_SCENARIOS=N`, `CVM_SEED=S` and `CVM_SECONDS=T` as
+//! elsewhere.
+
+use std::time::Instant;
+
+use cvm_memory_conform::machine::Shape;
+use cvm_memory_conform::run::{Plan, Play, run};
+use cvm_memory_conform::{snp, suite};
+
+fn random(name: &str, shape: Shape, scenarios: u64, play: &Play<'_>) {
+    // In the lab what is counted is counted for the whole machine: one guest at a time.
+    let plan = Plan { threads: 1, ..Plan::from_env(scenarios) };
+    let start = Instant::now();
+    match run(plan, shape, play, &|_| {}) {
+        Ok(tally) => {
+            println!("{name}: in {:?}, {tally}", start.elapsed());
+            assert!(
+                tally.scenarios > 0 && tally.played.operations > 20 * tally.scenarios,
+                "next to nothing was played"
+            );
+            assert!(tally.played.skipped * 5 < tally.played.operations, "too much was left out");
+        }
+        Err(failure) => panic!("{name}: {failure}"),
+    }
+}
+
+#[test]
+fn kvm() {
+    let Some(offer) = snp::Offer::here() else { return };
+    let shape = Shape { vcpus: 2, ..offer.shape };
+    random("kvm", shape, 100, &|scenario, tally| suite::snp_kvm(&offer, scenario, tally));
+}

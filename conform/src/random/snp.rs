@@ -24,7 +24,7 @@ fn entry() -> impl Strategy<Value = u64> {
 /// Runs of neighbours, so that there is something to gather.
 fn run() -> impl Strategy<Value = Vec<u64>> {
     (page(), select(vec![1, 2]), 1..6_u64)
-        .prop_map(|(gpa, to, pages)| (0..pages).map(|nr| to << 52 | gpa + nr * PAGE).collect())
+        .prop_map(|(gpa, to, pages)| (0..pages).map(|nr| (to << 52) | (gpa + nr * PAGE)).collect())
 }
 
 fn entries() -> impl Strategy<Value = Vec<u64>> {

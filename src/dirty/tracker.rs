@@ -15,7 +15,7 @@ mod error;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, PoisonError, Weak};
 
 use nix::errno::Errno;
 
@@ -26,6 +26,7 @@ use crate::addr::{FilePage, FileRange, GfnRange, PAGE_SIZE};
 use crate::backing::SharedBacking;
 use crate::hypervisor::{ClearDirtyLog, DirtyLog, DirtyRingMemory, Hypervisor};
 use crate::layout::{Layout, Memslot, SlotFlags, SlotId};
+use crate::sync::blocking::{Mutex, MutexGuard};
 
 pub use error::{ClearError, StartError, SyncError};
 

@@ -4,11 +4,13 @@
 mod soft_kit;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use cvm_memory::addr::{FilePage, FileRange, GfnRange};
 use cvm_memory::backing::{SharedBacking, SharedMemory};
 use cvm_memory::dirty::{
-    Clearing, DirtyBitmap, Mechanism, Stage, StartError, SyncError, SyncReport, Tracker, Unloggable,
+    ClearError, Clearing, DirtyBitmap, Mechanism, Pace, Reaper, Stage, StartError, Stray, SyncError, SyncReport,
+    Tracker, Unloggable,
 };
 use cvm_memory::gmem::FileId;
 use cvm_memory::hypervisor::{Cap, Exit, MemoryRegion, Platform, PreFaultMemory, Vcpu};
@@ -373,4 +375,199 @@ fn memory_that_is_not_known() {
     assert_eq!(bitmap.take().collect::<Vec<_>>(), [pages(0, 16)]);
     let frames: Vec<GfnRange> = setup.tracker.take_gfns();
     assert_eq!(frames, []);
+}
+
+/// Between the first slot that is about to go and the edit's end, whose log is whose is not known: a sync says so, touches
+/// nothing and loses nothing, by whichever mechanism. So does an edit that comes to nothing.
+#[test]
+fn a_sync_in_the_middle_of_an_edit() {
+    for mechanism in [BY_LOOKING, BY_HAND, RING, BACKED] {
+        let mut setup = Setup::new(mechanism, |ram| vec![slot(ram, 3, 0x100, 0, 64), slot(ram, 4, 0x200, 64, 64)]);
+        setup.write(0x101);
+        setup.write(0x202);
+        let old = setup.layout.table().get(SlotId::new(3)).copied().unwrap();
+        setup.tracker.before_delete(&old).unwrap();
+        // A slot of the same id, elsewhere: its log is not the one that the tracker thinks.
+        set_region(&setup.soft, &delete(3)).unwrap();
+        set_region(&setup.soft, &region(&slot(setup.ram, 3, 0x300, 128, 64))).unwrap();
+        setup.vm.take();
+        for stage in [Stage::Running, Stage::Last] {
+            assert_eq!(setup.tracker.sync(stage), Err(SyncError::Editing));
+        }
+        assert_eq!(SyncError::Editing.errno(), Errno::EBUSY);
+        assert_eq!(setup.vm.take(), [], "{mechanism:?}");
+        let slots = [slot(setup.ram, 3, 0x300, 128, 64), slot(setup.ram, 4, 0x200, 64, 64)];
+        setup.tracker.edited(&layout(&slots));
+        setup.write(0x303);
+        setup.sync();
+        assert_eq!(setup.dirty(), [pages(1, 2), pages(66, 67), pages(131, 132)], "{mechanism:?}");
+        // Given up: the slots are what they were.
+        setup.tracker.before_delete(&slots[1]).unwrap();
+        setup.tracker.edited(&layout(&slots));
+        assert_eq!(setup.sync(), SyncReport::default());
+    }
+}
+
+/// Looking takes nothing and shows nothing; what is cleared is protected first and shown then, page by page as asked for, and
+/// KVM is asked for whole words without losing a neighbour.
+#[test]
+fn found_first_and_cleared_later() {
+    let mut setup = Setup::new(BY_HAND, |ram| {
+        vec![slot(ram, 3, 0x100, 0, 131), slot(ram, 4, 0x183, 131, 64), slot(ram, 5, 0x800, 256, 8)]
+    });
+    let clear = |setup: &Setup, start, end| setup.tracker.clear(gfns(start, end));
+    // Clear before any look.
+    assert_eq!(clear(&setup, 0x100, 0x110), Err(ClearError::NotLooked { slot: SlotId::new(3) }));
+    for gfn in [0x105, 0x106, 0x140, 0x182, 0x183, 0x1c0, 0x800] {
+        setup.write(gfn);
+    }
+    assert_eq!(setup.tracker.look().unwrap().pages, 7);
+    assert_eq!(setup.tracker.look().unwrap().pages, 7, "it takes nothing");
+    assert!(setup.bitmap.is_empty(), "nothing is protected yet");
+    setup.vm.take();
+    // In the middle of a word: its neighbours stay.
+    assert_eq!(clear(&setup, 0x106, 0x107), Ok(1));
+    assert_eq!(setup.vm.take(), [Call::ClearDirtyLog { slot: 3, first_page: 0, num_pages: 64, bits: 1 }]);
+    assert_eq!(setup.dirty(), [pages(6, 7)]);
+    assert_eq!(clear(&setup, 0x106, 0x107), Ok(0), "once");
+    assert_eq!(setup.vm.take(), []);
+    // Written again after it was cleared: found again by the next look. Written again before: copied once.
+    setup.write(0x106);
+    setup.write(0x105);
+    // Over the end of a slot, which is no multiple of 64, and into the next.
+    assert_eq!(clear(&setup, 0x182, 0x184), Ok(2));
+    let calls = [
+        Call::ClearDirtyLog { slot: 3, first_page: 128, num_pages: 3, bits: 1 },
+        Call::ClearDirtyLog { slot: 4, first_page: 0, num_pages: 64, bits: 1 },
+    ];
+    assert_eq!(setup.vm.take(), calls);
+    assert_eq!(setup.dirty(), [pages(130, 132)]);
+    // Frames in no slot: nothing is cleared, also where there is one.
+    assert_eq!(clear(&setup, 0x100, 0x801), Err(ClearError::NotTracked { gfns: gfns(0x1c3, 0x800) }));
+    assert_eq!(setup.vm.take(), []);
+    // An unaligned address is none of a frame.
+    GfnRange::from_bytes(0x100_800, 0x1000).unwrap_err();
+    assert_eq!(setup.tracker.look().unwrap().pages, 5);
+    assert_eq!(clear(&setup, 0x100, 0x1c3), Ok(4));
+    assert_eq!(setup.dirty(), [pages(5, 7), pages(64, 65), pages(192, 193)]);
+    // A failure keeps the pages for the next time.
+    setup.vm.fail_matching(|call| matches!(call, Call::ClearDirtyLog { .. }), Errno::EINTR);
+    let failed = clear(&setup, 0x800, 0x808);
+    let error = SyncError::Clear { slot: SlotId::new(5), first: 0, pages: 8, errno: Errno::EINTR };
+    assert_eq!((failed, error.errno()), (Err(ClearError::Sync(error)), Errno::EINTR));
+    assert!(setup.bitmap.is_empty());
+    assert_eq!(clear(&setup, 0x800, 0x808), Ok(1));
+    assert_eq!(setup.dirty(), [pages(256, 257)]);
+    // What was found and not cleared is carried across an edit.
+    setup.write(0x107);
+    setup.tracker.look().unwrap();
+    let moved = [slot(setup.ram, 3, 0x900, 0, 131)];
+    setup.edit(&moved);
+    assert_eq!(setup.dirty(), [pages(7, 8)]);
+    assert_eq!(clear(&setup, 0x900, 0x901), Err(ClearError::NotLooked { slot: SlotId::new(3) }));
+    setup.tracker.before_delete(&moved[0]).unwrap();
+    assert_eq!(clear(&setup, 0x900, 0x901), Err(ClearError::Sync(SyncError::Editing)));
+    assert_eq!(setup.tracker.look(), Err(SyncError::Editing));
+}
+
+/// Where finding a page takes it there is nothing to clear.
+#[test]
+fn nothing_to_clear_by_hand() {
+    for mechanism in [BY_LOOKING, RING] {
+        let setup = Setup::new(mechanism, one_slot);
+        let error = SyncError::NotByHand { mechanism };
+        assert_eq!(setup.tracker.look(), Err(error));
+        assert_eq!(setup.tracker.clear(gfns(0x100, 0x101)), Err(ClearError::Sync(error)));
+    }
+}
+
+/// What no layout has: address space, slot or page of an entry. Told of by the sync, and everything else is found.
+#[test]
+fn entries_that_name_nothing() {
+    for stray in [0x0001_0003, 0x0000_7fff, 0xffff_ffff] {
+        for (slot, page) in [(stray, 0), (3, 64), (3, u64::MAX)] {
+            let mut setup = Setup::new(RING, one_slot);
+            setup.write(0x101);
+            // Over what KVM has put there: a kernel that is wrong.
+            let ring = setup.vcpu.dirty_ring(4096).unwrap();
+            ring.entries()[0].set_dirty(slot, page);
+            setup.write(0x102);
+            let report = setup.sync();
+            assert_eq!(report.stray, Some(Stray { slot: SlotId::from_raw(slot), page }));
+            assert_eq!((report.pages, setup.dirty()), (1, vec![pages(2, 3)]));
+            assert_eq!(setup.sync().stray, None, "once");
+        }
+    }
+}
+
+/// A mapping that goes takes its bitmap with it: what comes to lie at its address has another.
+#[test]
+fn memory_that_goes_is_forgotten() {
+    let setup = Setup::new(BY_LOOKING, one_slot);
+    let backing: Arc<dyn SharedBacking> = Arc::new(SharedMemory::new(16 * PAGE).unwrap());
+    let bitmap = setup.tracker.adopt(&backing).unwrap();
+    assert!(Arc::ptr_eq(&bitmap, &setup.tracker.adopt(&backing).unwrap()));
+    assert!(Arc::ptr_eq(&bitmap, &setup.tracker.add_backing(backing.as_ref()).unwrap()));
+    assert!(Arc::ptr_eq(&setup.bitmap, &setup.tracker.add_backing(setup.ram).unwrap()));
+    let there = Memslot { hva: backing.hva(), ..slot(setup.ram, 5, 0x300, 0, 16) };
+    setup.tracker.start(&layout(&[there]), Unloggable::Refuse).unwrap();
+    drop(backing);
+    let error = StartError::NoBacking { slot: SlotId::new(5), hva: there.hva, bytes: 16 * PAGE };
+    assert_eq!(setup.tracker.start(&layout(&[there]), Unloggable::Refuse), Err(error));
+    assert_eq!(Arc::strong_count(&bitmap), 2, "of the tracker's, until other memory is added");
+    // A tracker that was not started, or was stopped, follows nothing.
+    setup.tracker.edited(&setup.layout);
+    assert_eq!(setup.sync(), SyncReport::default());
+}
+
+/// A reaper looks more often the faster rings fill, less often the slower, and at once half as long after a vCPU stood still.
+#[test]
+fn a_reaper_keeps_pace() {
+    let ms = Duration::from_millis;
+    let mut setup = Setup::new(RING, |ram| vec![slot(ram, 3, 0x100, 0, PAGES)]);
+    let tracker = Arc::new(setup.tracker);
+    let mut reaper = Reaper::new(Arc::clone(&tracker), Pace::new(ms(1), ms(64))).unwrap();
+    // Nothing happens: ever longer, up to the longest.
+    let idle: Vec<_> = (0..8).map(|_| reaper.look().unwrap()).collect();
+    assert_eq!(idle, [2, 4, 8, 16, 32, 64, 64, 64].map(ms));
+    let mut page = 0;
+    let mut write = |vcpu: &mut SoftVcpu, count: u64| {
+        for _ in 0..count {
+            finish(vcpu, fill((0x100 + page % PAGES) * PAGE, 1, 1, false));
+            page += 1;
+        }
+    };
+    // A quarter of the ring's 256 entries is what it aims at.
+    for (entries, period) in [(64, 64), (128, 32), (128, 16), (16, 32), (32, 64)] {
+        write(&mut setup.vcpu, entries);
+        assert_eq!(reaper.look().unwrap(), ms(period), "{entries} entries");
+    }
+    // A vCPU that stands still makes room by itself. That there is little in the ring now says nothing.
+    setup.vcpu.start(fill(0x100 * PAGE, 200 * PAGE, 7, false));
+    let mut fulls = 0;
+    while let Exit::DirtyRingFull = setup.vcpu.run().unwrap() {
+        tracker.ring_full().unwrap();
+        fulls += 1;
+    }
+    assert_eq!(fulls, 1);
+    assert_eq!(reaper.look().unwrap(), ms(32));
+    assert_eq!(reaper.look().unwrap(), ms(64), "that is over");
+    let stats = reaper.stats();
+    assert_eq!((stats.looks, stats.idle, stats.fulls, stats.fullest), (15, 9, 1, (128, 256)));
+    assert_eq!((stats.shortest, stats.longest), (ms(1), ms(64)));
+    // Until it is told that it is enough; and a failure loses nothing.
+    let mut waits = Vec::new();
+    reaper
+        .run(|period| {
+            waits.push(period);
+            waits.len() < 3
+        })
+        .unwrap();
+    assert_eq!(waits, [64, 64, 64].map(ms));
+    write(&mut setup.vcpu, 1);
+    setup.vm.fail_matching(|call| matches!(call, Call::ResetDirtyRings), Errno::EIO);
+    assert!(reaper.run(|_| unreachable!()).is_err());
+    tracker.sync(Stage::Last).unwrap();
+    assert_eq!(setup.bitmap.take().map(|run| run.pages()).sum::<u64>(), page.max(200));
+    assert!(Reaper::new(Arc::new(Tracker::new(Arc::new(setup.vm), BY_LOOKING)), Pace::new(ms(1), ms(2))).is_none());
 }

@@ -112,7 +112,7 @@ fn dirty_logs_are_harvested_before_they_go_or_they_stay() {
     let before = kvm_slots(&vm);
     assert!(matches!(split().unwrap_err(), EditError::NobodyHarvests { slot: 0 }));
     let order = Arc::new(Order::default());
-    memory.set_harvest(Some(Arc::<Order>::clone(&order)));
+    memory.set_harvest(Some(Arc::<Order>::clone(&order))).unwrap();
     *order.1.lock().unwrap() = Some(Errno::EIO);
     assert!(matches!(split().unwrap_err(), EditError::Harvest { slot: 0, errno: Errno::EIO }));
     assert_eq!((region_calls(&vm), kvm_slots(&vm)), (vec![], before), "untouched");

@@ -49,7 +49,7 @@ fn logged(gpa: u64, used: u64, size: u64) -> Option<Logged> {
     let slot = plain(gpa, used, &slice(size).backing, 0, SlotFlags::LOG_DIRTY);
     let memory = Arc::new(CvmMemory::builder().slot(slot).build(Arc::new(vm.clone())).unwrap());
     let bits = Bits::new(&vm);
-    memory.set_harvest(Some(Arc::<Bits>::clone(&bits)));
+    memory.set_harvest(Some(Arc::<Bits>::clone(&bits))).unwrap();
     let guest = KvmGuest::new(&vm, 0);
     let kick = Arc::new(KvmKick(guest.kick()));
     let runner = Runner::new(&memory, guest, kick);

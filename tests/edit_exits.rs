@@ -41,7 +41,7 @@ fn t13_an_exit_elsewhere_is_not_held_up() {
     let memory = Arc::new(memory.unwrap());
     let (asked, is_asked) = channel();
     let (answer, answered) = channel();
-    memory.set_harvest(Some(Arc::new(Slow(Mutex::new(asked), Mutex::new(answered)))));
+    memory.set_harvest(Some(Arc::new(Slow(Mutex::new(asked), Mutex::new(answered))))).unwrap();
     let guest = SoftGuest::new(&vm);
     let kick = Arc::new(SoftKick(guest.vcpu().immediate_exit()));
     let mut runner = Runner::new(&memory, guest, kick);

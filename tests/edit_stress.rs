@@ -159,7 +159,7 @@ fn kvm_default_with_a_dirty_log() {
     let Some(vm) = kvm(Platform::DEFAULT) else { return };
     let memory = plain_memory(Arc::new(vm.clone()), SlotFlags::LOG_DIRTY);
     let bits = Bits::new(&vm);
-    memory.set_harvest(Some(Arc::<Bits>::clone(&bits)));
+    memory.set_harvest(Some(Arc::<Bits>::clone(&bits))).unwrap();
     let guests = [0, 1].map(|id| {
         let guest = KvmGuest::new(&vm, id);
         let kick: Arc<dyn Kick> = Arc::new(KvmKick(guest.kick()));

@@ -1,159 +1,212 @@
-//! The kernel's `dirty_log_test`: guests write round numbers into random pages while the host looks at what is dirty, copies it,
-//! and now and then stops the guests to see whether the copy is their memory. By every mechanism, with one vCPU and two, and
-//! while slots are split, merged and moved under them. On the software KVM and on the kernel's.
+//! The kernel's `dirty_log_test`: guests write round numbers into random pages of 1 GiB and three pages (64 MiB where all is
+//! slow) while the host looks at what is dirty, copies it, and now and then stops the guests to see whether the copy is their memory. By every mechanism, with
+//! one vCPU and two, and while somebody else edits the layout under them. On the software KVM and on the kernel's.
+//!
+//! Only pages that somebody has written cost memory. Of the others, reading is left out too, which would make them.
 
+mod edit_kit;
 mod selftest_kit;
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{Arc, Mutex};
 use std::thread;
 
 use cvm_memory::addr::{Gfn, GfnRange};
 use cvm_memory::backing::{SharedBacking, SharedMemory};
 use cvm_memory::dirty::{
-    Clearing, DirtyBitmap, MIN_RING_BYTES_HARDWARE_LOG, Mechanism, Offer, OwnWrites, Situation, Stage, Tracker,
-    Unloggable, Wish, negotiate,
+    Clearing, DirtyBitmap, MIN_RING_BYTES_HARDWARE_LOG, Mechanism, Offer, OwnWrites, Situation, Stage, SyncError,
+    SyncReport, Tracker, Unloggable, Wish, negotiate,
 };
-use cvm_memory::hypervisor::{Cap, Exit, MemoryRegion, Platform, Vcpu};
-use cvm_memory::layout::{Layout, Limits, Memslot, SlotFlags, SlotId};
+use cvm_memory::gate::{Gate, Kick};
+use cvm_memory::hypervisor::kvm::KvmVm;
+use cvm_memory::hypervisor::{Cap, Exit, Platform, Vcpu};
+use cvm_memory::layout::SlotFlags;
+use cvm_memory::memory::CvmMemory;
+use cvm_memory::soft::SoftVm;
+use cvm_memory_testkit::kvm_guest::is_emulated;
 use cvm_memory_testkit::skip::require;
 use cvm_memory_testkit::{Guest, GuestOp, Outcome};
-use selftest_kit::*;
+use edit_kit::{FEW, KvmKick, SoftKick, plain};
+use nix::errno::Errno;
+use selftest_kit::{Machine, PAGE, on_both_machines};
 
-const GPA: u64 = 0xc000_0000;
-/// As in the original, the size is no multiple of 64.
-const PAGES: u64 = 2048 + 3;
+// Clear of what the guests have for themselves.
+const GPA: u64 = 4 << 30;
 
-/// Memory of the guests, who writes to it, and who looks.
-struct World<M: Machine> {
-    vm: M,
-    ram: &'static SharedMemory,
-    bitmap: Arc<DirtyBitmap>,
-    tracker: Tracker,
-    layout: Mutex<Layout>,
-    /// Held by every vCPU while it is in the guest.
-    gate: RwLock<()>,
-    guests: Vec<Mutex<M::Guest>>,
-    /// What the memory should be.
-    copied: Mutex<Vec<u64>>,
-    written: AtomicU64,
-    fulls: AtomicU64,
+/// Pages: 1 GiB of them, but less where everything is slow; and as in the original, no multiple of 64.
+fn size<M: Machine>() -> u64 {
+    (if rows::<M>() { 1 << 14 } else { 1 << 18 }) + 3
 }
 
-/// One slot over `[start, end)` of the memory.
-fn slot(ram: &SharedMemory, id: u16, start: u64, end: u64) -> Memslot {
-    Memslot {
-        id: SlotId::new(id),
-        gfns: GfnRange::from_bytes(GPA + start * PAGE, (end - start) * PAGE).unwrap(),
-        hva: ram.hva() + start * PAGE,
-        flags: SlotFlags::LOG_DIRTY,
-        binding: None,
+/// Whether this is no real processor with a real KVM, of which some emulate string instructions.
+fn rows<M: Machine>() -> bool {
+    M::NAME == "soft" || is_emulated()
+}
+
+/// A machine whose vCPUs can be got out of the guest.
+trait Kicked: Machine {
+    fn kick(guest: &Self::Guest) -> Arc<dyn Kick>;
+}
+
+impl Kicked for SoftVm {
+    fn kick(guest: &Self::Guest) -> Arc<dyn Kick> {
+        Arc::new(SoftKick(guest.vcpu().immediate_exit()))
     }
 }
 
-fn region(slot: &Memslot) -> MemoryRegion {
-    let size = slot.gfns.bytes();
-    let plain = plain_slot(slot.id.raw(), slot.gfns.start_byte(), size, slot.hva);
-    MemoryRegion { flags: slot.flags.bits(), ..plain }
+impl Kicked for KvmVm {
+    fn kick(guest: &Self::Guest) -> Arc<dyn Kick> {
+        Arc::new(KvmKick(guest.kick()))
+    }
 }
 
-impl<M: Machine> World<M> {
+/// Memory of the guests, who writes to it, and who looks.
+struct World<M: Machine> {
+    // First: vCPUs go before the memory.
+    guests: Vec<Mutex<M::Guest>>,
+    memory: CvmMemory,
+    ram: Arc<SharedMemory>,
+    bitmap: Arc<DirtyBitmap>,
+    tracker: Arc<Tracker>,
+    /// What the memory should be.
+    copied: Mutex<Vec<u64>>,
+    /// Pages that somebody writes to, noted before.
+    touched: Vec<AtomicBool>,
+    /// Pages written, those again that were written again.
+    written: AtomicU64,
+    fulls: AtomicU64,
+    edits: AtomicU64,
+    syncs: AtomicU64,
+    /// Syncs that came in the middle of an edit.
+    interrupted: AtomicU64,
+}
+
+fn index(page: u64) -> usize {
+    usize::try_from(page).unwrap()
+}
+
+/// The mechanism for a wish, enabled; with larger rings if the processor has a log of its own. Or a skip.
+fn mechanism(vm: &impl Machine, wish: Wish) -> Option<Mechanism> {
+    let offer = Offer::probe(vm);
+    let situation =
+        Situation { has_vcpus: false, has_slots: false, kernel_devices: false, own_writes: OwnWrites::Noted };
+    if matches!(wish, Wish::Ring { .. }) {
+        require(vm, Cap::DIRTY_LOG_RING_ACQ_REL, 1 << 20)?;
+    }
+    let mut choice = negotiate(&offer, &situation, wish).unwrap();
+    if let Err(error) = choice.mechanism.enable(vm, &offer) {
+        assert_eq!(wish, Wish::Ring { bytes: 4096 }, "{error}");
+        let wish = Wish::Ring { bytes: MIN_RING_BYTES_HARDWARE_LOG };
+        choice = negotiate(&offer, &situation, wish).unwrap();
+        choice.mechanism.enable(vm, &offer).unwrap();
+    }
+    Some(choice.mechanism)
+}
+
+impl<M: Kicked> World<M> {
     fn new(wish: Wish, vcpus: u64) -> Option<Self> {
         let vm = M::create(Platform::DEFAULT)?;
-        let offer = Offer::probe(&vm);
-        let situation =
-            Situation { has_vcpus: false, has_slots: false, kernel_devices: false, own_writes: OwnWrites::Noted };
-        if matches!(wish, Wish::Ring { .. }) {
-            require(&vm, Cap::DIRTY_LOG_RING_ACQ_REL, 1 << 20)?;
-        }
-        let mut choice = negotiate(&offer, &situation, wish).unwrap();
-        if let Err(error) = choice.mechanism.enable(&vm, &offer) {
-            // A processor with a log of its own.
-            assert_eq!(wish, Wish::Ring { bytes: 4096 }, "{error}");
-            let wish = Wish::Ring { bytes: MIN_RING_BYTES_HARDWARE_LOG };
-            choice = negotiate(&offer, &situation, wish).unwrap();
-            choice.mechanism.enable(&vm, &offer).unwrap();
-        }
-        let ram = leaked(PAGES * PAGE);
-        fill(ram, 0, PAGES * PAGE, 0);
-        let tracker = Tracker::new(Arc::new(vm.clone()), choice.mechanism);
-        let bitmap = tracker.add_backing(ram).unwrap();
+        let mechanism = mechanism(&vm, wish)?;
+        let tracker = Arc::new(Tracker::new(Arc::new(vm.clone()), mechanism));
+        let ram = Arc::new(SharedMemory::new(size::<M>() * PAGE).unwrap());
+        let backing: Arc<dyn SharedBacking> = ram.clone();
+        let slot = plain(GPA, size::<M>() * PAGE, &backing, 0, SlotFlags::LOG_DIRTY);
+        let memory = CvmMemory::builder().slot(slot).harvest(tracker.clone()).build(Arc::new(vm.clone())).unwrap();
+        let bitmap = tracker.adopt(&backing).unwrap();
         let mut guests = Vec::new();
         for id in 0..vcpus {
             let guest = vm.guest(id);
-            if let Mechanism::Ring { bytes, .. } = choice.mechanism {
+            if let Mechanism::Ring { bytes, .. } = mechanism {
                 tracker.add_ring(guest.dirty_ring(bytes).unwrap());
             }
             guests.push(Mutex::new(guest));
         }
-        let all = slot(ram, 1, 0, PAGES);
-        set(&vm, &region(&all)).unwrap();
-        let layout = Layout::from_slots(Limits::default(), [], [all]).unwrap();
-        tracker.start(&layout, Unloggable::Refuse).unwrap();
+        tracker.start(memory.space().layout(), Unloggable::Refuse).unwrap();
         Some(Self {
-            vm,
+            guests,
+            memory,
             ram,
             bitmap,
             tracker,
-            layout: Mutex::new(layout),
-            gate: RwLock::new(()),
-            guests,
-            copied: Mutex::new(vec![0; usize::try_from(PAGES).unwrap()]),
+            copied: Mutex::new(vec![0; index(size::<M>())]),
+            touched: (0..size::<M>()).map(|_| AtomicBool::new(false)).collect(),
             written: AtomicU64::new(0),
             fulls: AtomicU64::new(0),
+            edits: AtomicU64::new(0),
+            syncs: AtomicU64::new(0),
+            interrupted: AtomicU64::new(0),
         })
     }
 
-    /// What a vCPU does until it is told to stop: numbers into random pages.
-    fn vcpu(&self, id: usize, stop: &AtomicBool) {
+    /// What a vCPU does until it is told to stop: numbers into `row` pages each, from random ones on.
+    fn vcpu(&self, id: usize, row: u64, stop: &AtomicBool) {
         let mut guest = self.guests[id].lock().unwrap();
+        let pass = Gate::register(self.memory.gate(), M::kick(&guest));
         let mut random = 0x9e37_79b9_u64.wrapping_add(id as u64);
         while !stop.load(Ordering::Relaxed) {
             random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            let page = (random >> 33) % PAGES;
-            let value = self.written.fetch_add(1, Ordering::Relaxed) + 1;
-            guest.start(GuestOp::Write { gpa: GPA + page * PAGE, data: value.to_le_bytes().to_vec() });
+            let page = (random >> 33) % (size::<M>() - row + 1);
+            (page..page + row).for_each(|page| self.touched[index(page)].store(true, Ordering::Release));
+            let value = self.written.fetch_add(row, Ordering::Relaxed) + 1;
+            guest.start(if row == 1 {
+                GuestOp::Write { gpa: GPA + page * PAGE, data: value.to_le_bytes().to_vec() }
+            } else {
+                GuestOp::Fill { gpa: GPA + page * PAGE, len: row * PAGE, byte: value.to_le_bytes()[1] | 1 }
+            });
             loop {
-                let _inside = self.gate.read().unwrap();
+                let inside = pass.enter().unwrap();
                 let full = match guest.run() {
                     Ok(Exit::Halt) => break,
                     Ok(Exit::DirtyRingFull) => true,
+                    Err(Errno::EINTR | Errno::EAGAIN) => false,
                     Ok(exit) => panic!("{exit:?}"),
                     Err(errno) => panic!("{errno}"),
                 };
-                drop(_inside);
+                drop(inside);
                 if full {
                     self.fulls.fetch_add(1, Ordering::Relaxed);
-                    assert!(!self.tracker.ring_full().unwrap().overrun);
+                    let report = self.tracker.ring_full().unwrap();
+                    assert!(!report.overrun, "{report:?} {:?}", self.tracker.ring_stats());
                 }
             }
             assert_eq!(guest.result(), Some(Outcome::Done));
         }
     }
 
-    /// Slots are replaced under the guests, who are kept out meanwhile. Every way has the same memory at the same place.
+    /// One slot becomes two, and one again, and two others: ids that stand for something else each time.
     fn edit(&self, round: u64) {
-        let _out = self.gate.write().unwrap();
-        let cut = 1 + round * 577 % (PAGES - 1);
-        let slots = match round % 3 {
-            0 => vec![slot(self.ram, 1, 0, PAGES)],
-            // The id of what was all of it is now a part, and at another place.
-            1 => vec![slot(self.ram, 2, 0, cut), slot(self.ram, 1, cut, PAGES)],
-            _ => vec![slot(self.ram, 1, 0, cut), slot(self.ram, 2, cut, PAGES)],
+        let cut = 1 + round * 57_731 % (size::<M>() - 1);
+        let mut edit = self.memory.edit();
+        match round % 3 {
+            0 => edit.split(GPA + cut * PAGE).unwrap(),
+            1 => edit.merge(GPA, size::<M>() * PAGE).unwrap().split(GPA + cut * PAGE).unwrap(),
+            _ => edit.merge(GPA, size::<M>() * PAGE).unwrap(),
         };
-        let mut layout = self.layout.lock().unwrap();
-        for old in layout.table().slots() {
-            self.tracker.before_delete(old).unwrap();
-            set(&self.vm, &deletion(&region(old))).unwrap();
-        }
-        slots.iter().for_each(|new| set(&self.vm, &region(new)).unwrap());
-        *layout = Layout::from_slots(Limits::default(), [], slots).unwrap();
-        self.tracker.edited(&layout);
+        edit.commit(&FEW).unwrap();
     }
 
+    /// A sync while slots may be replaced.
+    fn sync(&self, stage: Stage) -> SyncReport {
+        loop {
+            match self.tracker.sync(stage) {
+                Err(SyncError::Editing) => _ = self.interrupted.fetch_add(1, Ordering::Relaxed),
+                other => {
+                    self.syncs.fetch_add(1, Ordering::Relaxed);
+                    return other.unwrap();
+                }
+            }
+            thread::yield_now();
+        }
+    }
+
+    /// The first word of a page.
     fn page(&self, page: u64) -> u64 {
         let mut bytes = [0; 8];
-        self.ram.read(page * PAGE, &mut bytes).unwrap();
+        // What is written from here on is dirty once more.
+        if self.touched[index(page)].load(Ordering::Acquire) {
+            self.ram.read(page * PAGE, &mut bytes).unwrap();
+        }
         u64::from_le_bytes(bytes)
     }
 
@@ -170,47 +223,91 @@ impl<M: Machine> World<M> {
         } else {
             self.bitmap.take().flat_map(|run| run.iter()).map(|page| page.get()).collect()
         };
-        pages.iter().for_each(|page| to[usize::try_from(*page).unwrap()] = self.page(*page));
+        pages.iter().for_each(|page| to[index(*page)] = self.page(*page));
         pages.len() as u64
     }
 
-    /// The scheme: rounds of copying while guests run, then they are stopped and the copy is held against their memory.
-    fn run(&self, stops: u64, rounds: u64, edits: bool) {
+    /// Rounds of copying while guests run, then they are stopped and the copy is held against their memory.
+    fn run(&self, stops: u64, rounds: u64, row: u64, edits: bool) {
         let mut copy = self.copied.lock().unwrap();
         let mut copied = 0;
         for stopped in 0..stops {
             let stop = AtomicBool::new(false);
             thread::scope(|scope| {
-                for id in 0..self.guests.len() {
-                    let stop = &stop;
-                    scope.spawn(move || self.vcpu(id, stop));
-                }
-                for round in 0..rounds {
+                // Also should this thread panic.
+                let _stopped = Stop(&stop);
+                let guests: Vec<_> = (0..self.guests.len())
+                    .map(|id| {
+                        scope.spawn({
+                            let stop = &stop;
+                            move || self.vcpu(id, row, stop)
+                        })
+                    })
+                    .collect();
+                let running = || !guests.iter().any(thread::ScopedJoinHandle::is_finished);
+                let wait = |writes: u64| {
                     let before = self.written.load(Ordering::Relaxed);
-                    while self.written.load(Ordering::Relaxed) < before + 100 {
+                    while self.written.load(Ordering::Relaxed) < before + writes && running() {
                         thread::yield_now();
                     }
-                    if edits {
-                        self.edit(stopped * rounds + round);
-                    }
-                    self.tracker.sync(Stage::Running).unwrap();
-                    copied += self.copy(&mut copy, round % 2 == 0);
+                };
+                for round in 0..rounds {
+                    let syncs = AtomicBool::new(edits);
+                    thread::scope(|scope| {
+                        let editor = edits.then(|| {
+                            scope.spawn(|| {
+                                let mut first = true;
+                                while std::mem::take(&mut first) || syncs.load(Ordering::Relaxed) {
+                                    self.edit(self.edits.fetch_add(1, Ordering::Relaxed));
+                                    wait(20);
+                                }
+                            })
+                        });
+                        wait(100);
+                        self.sync(Stage::Running);
+                        copied += self.copy(&mut copy, round % 2 == 0);
+                        syncs.store(false, Ordering::Relaxed);
+                        editor.into_iter().for_each(|editor| editor.join().unwrap());
+                    });
                 }
-                stop.store(true, Ordering::Relaxed);
             });
-            let report = self.tracker.sync(Stage::Last).unwrap();
+            let report = self.sync(Stage::Last);
             assert_eq!((report.stray, report.overrun), (None, false));
             copied += self.copy(&mut copy, stopped % 2 == 0);
-            let memory: Vec<u64> = (0..PAGES).map(|page| self.page(page)).collect();
-            assert!(*copy == memory, "a page was missed: {:?}", copy.iter().zip(&memory).position(|(a, b)| a != b));
-            assert_eq!(self.tracker.sync(Stage::Last).unwrap().pages, 0);
+            let missed: BTreeSet<u64> =
+                (0..size::<M>()).filter(|page| self.page(*page) != copy[index(*page)]).collect();
+            assert_eq!(missed, BTreeSet::new(), "pages were missed");
+            assert_eq!(self.sync(Stage::Last).pages, 0);
+        }
+        let written = self.written.load(Ordering::Relaxed);
+        let edited = self.edits.load(Ordering::Relaxed);
+        if std::env::var_os("CVM_DIRTY_VERBOSE").is_some() {
+            let (fulls, interrupted) = (self.fulls.load(Ordering::Relaxed), self.interrupted.load(Ordering::Relaxed));
+            let mechanism = self.tracker.mechanism();
+            eprintln!(
+                "{} {mechanism:?}, {} vcpus: {written} pages written, {copied} copied, {fulls} rings full, {edited} edits, \
+                 {interrupted} syncs within one",
+                M::NAME,
+                self.guests.len()
+            );
         }
         // Not everything is dirty all the time, which would be right always: nor is more copied than was written, but for
-        // what a new log starts with.
-        let written = self.written.load(Ordering::Relaxed);
+        // what a new log starts with. A write is logged before it is done, and again if it was cleared, or came back, in between.
         if self.tracker.mechanism() != Mechanism::Bitmap(Clearing::ByHandFromAll) {
-            assert!(copied <= written, "{copied} pages copied, {written} written");
+            let again = [&self.fulls, &self.syncs, &self.edits].map(|count| count.load(Ordering::Relaxed));
+            let again = again.iter().sum::<u64>() * self.guests.len() as u64;
+            assert!(copied <= written + again, "{copied} pages copied, {written} written, {again} perhaps twice");
         }
+        assert!(copied > 0 && edits == (edited > 0));
+    }
+}
+
+/// Ends the writing when it goes.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
     }
 }
 
@@ -221,37 +318,42 @@ fn every_wish() -> Vec<Wish> {
     logs.into_iter().chain(RINGS).collect()
 }
 
-fn scheme<M: Machine>(vcpus: u64, edits: bool) {
+fn scheme<M: Kicked>(vcpus: u64, edits: bool) {
     for wish in every_wish() {
         if let Some(world) = World::<M>::new(wish, vcpus) {
-            world.run(3, 6, edits);
+            world.run(2, 4, 1, edits);
         }
     }
 }
 
-fn one_vcpu<M: Machine>() {
+fn one_vcpu<M: Kicked>() {
     scheme::<M>(1, false);
 }
 
-fn two_vcpus<M: Machine>() {
+fn two_vcpus<M: Kicked>() {
     scheme::<M>(2, false);
 }
 
-fn while_slots_are_replaced<M: Machine>() {
+fn while_slots_are_replaced<M: Kicked>() {
+    scheme::<M>(1, true);
     scheme::<M>(2, true);
 }
 
-/// The smallest ring goes round several times.
-fn a_ring_that_wraps_around<M: Machine>() {
-    if let Some(world) = World::<M>::new(RINGS[1], 1) {
-        let size = u64::from(match world.tracker.mechanism() {
-            Mechanism::Ring { bytes, .. } => bytes / 16,
-            Mechanism::Bitmap(_) => unreachable!(),
-        });
-        while world.tracker.ring_stats().entries < 3 * size {
-            world.run(1, 1 + size / 50, false);
+/// Rings of either size go round, the smallest several times. There is a KVM that emulates string instructions and logs them byte
+/// by byte, more of them in one go than it keeps entries free for: it gets no long ones.
+fn rings_that_wrap_around<M: Kicked>() {
+    for (wish, rounds, row) in [(RINGS[0], 1, 1024), (RINGS[1], 3, 100)] {
+        let Some(world) = World::<M>::new(wish, 1) else { return };
+        let Mechanism::Ring { bytes, .. } = world.tracker.mechanism() else { unreachable!() };
+        let entries = u64::from(bytes / 16);
+        while world.tracker.ring_stats().entries < rounds * entries + entries / 16 {
+            if rows::<M>() {
+                world.run(1, 4, row, false);
+            } else {
+                world.run(1, entries / 200, 1, false);
+            }
         }
     }
 }
 
-on_both_machines!(one_vcpu, two_vcpus, while_slots_are_replaced, a_ring_that_wraps_around);
+on_both_machines!(one_vcpu, two_vcpus, while_slots_are_replaced, rings_that_wrap_around);

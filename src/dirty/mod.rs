@@ -5,6 +5,7 @@
 //! | `bitmap` | [`DirtyBitmap`]: the written pages of one backing, whatever happens to the slots over it |
 //! | `devices` | [`DeviceDirty`]: writes that vm-memory makes go into the same bitmap |
 //! | `negotiate` | which mechanism to use, or why it cannot be |
+//! | `reaper` | [`Reaper`]: empties rings before they are full |
 //! | `ring` | [`DirtyRings`]: from entries of the rings to runs of pages that may be copied |
 //! | `tracker` | [`Tracker`]: start, sync, take, over any mechanism and through layout edits |
 //!
@@ -14,6 +15,7 @@
 mod bitmap;
 mod devices;
 mod negotiate;
+mod reaper;
 mod ring;
 mod tracker;
 
@@ -23,5 +25,6 @@ pub use negotiate::{
     Choice, Clearing, ENTRY_BYTES, EnableError, MIN_RING_BYTES, MIN_RING_BYTES_HARDWARE_LOG, Mechanism, Offer,
     OwnWrites, Refusal, Situation, Wish, negotiate,
 };
+pub use reaper::{Pace, Reaper, ReaperStats};
 pub use ring::{DirtyRings, Harvest, Harvested, OwnerRun, Owners, ResetError, RingStats, Stray};
-pub use tracker::{Stage, StartError, SyncError, SyncReport, Tracker, Unloggable};
+pub use tracker::{ClearError, Reaped, Stage, StartError, SyncError, SyncReport, Tracker, Unloggable};

@@ -76,6 +76,8 @@ pub struct RingStats {
     pub overruns: u64,
     /// Entries that named no page there is.
     pub strays: u64,
+    /// Times that a vCPU stood still because its ring was full.
+    pub fulls: u64,
     /// The most entries that a ring was found to hold at once.
     pub fullest: u32,
     /// Of how many.
@@ -121,6 +123,8 @@ pub struct DirtyRings {
     pending: Harvested,
     strays: Strays,
     stats: RingStats,
+    /// Entries in the ring that had the most, the last time.
+    latest: u32,
 }
 
 impl DirtyRings {
@@ -150,6 +154,16 @@ impl DirtyRings {
         self.stats
     }
 
+    /// A vCPU came back because its ring is full.
+    pub(super) const fn note_full(&mut self) {
+        self.stats.fulls = self.stats.fulls.saturating_add(1);
+    }
+
+    /// Entries in the ring that had the most, the last time.
+    pub(super) const fn latest(&self) -> u32 {
+        self.latest
+    }
+
     /// An entry that named no page there is, if there was one since this was asked last.
     pub const fn take_stray(&mut self) -> Option<Stray> {
         self.strays.first.take()
@@ -167,7 +181,8 @@ impl DirtyRings {
 
     /// Reads what is in all rings. Together with whatever was read before and not reset.
     pub fn harvest(&mut self, owners: &impl Owners) -> Harvest<'_> {
-        let Self { rings, outstanding, pending, strays, stats } = self;
+        let Self { rings, outstanding, pending, strays, stats, latest } = self;
+        *latest = 0;
         for ring in rings {
             let entries = ring.memory.entries();
             let count = gather(entries, &mut ring.fetch, owners, pending, strays);
@@ -177,6 +192,7 @@ impl DirtyRings {
             }
             *outstanding = outstanding.saturating_add(u64::from(count));
             stats.entries = stats.entries.saturating_add(u64::from(count));
+            *latest = count.max(*latest);
             stats.fullest = stats.fullest.max(count);
         }
         stats.strays = strays.count;

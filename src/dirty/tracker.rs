@@ -10,22 +10,26 @@
 //!
 //! It sets no flags of slots: who logs, the layout says.
 
+mod by_hand;
+mod error;
+
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError, Weak};
 
 use nix::errno::Errno;
 
 use super::bitmap::DirtyBitmap;
 use super::negotiate::{Clearing, Mechanism};
-use super::ring::{DirtyRings, Owners, ResetError, RingStats, Stray};
+use super::ring::{DirtyRings, Owners, RingStats, Stray};
 use crate::addr::{FilePage, FileRange, GfnRange, PAGE_SIZE};
 use crate::backing::SharedBacking;
 use crate::hypervisor::{ClearDirtyLog, DirtyLog, DirtyRingMemory, Hypervisor};
 use crate::layout::{Layout, Memslot, SlotFlags, SlotId};
+use crate::sync::blocking::{Mutex, MutexGuard};
 
-/// Pages that one `KVM_CLEAR_DIRTY_LOG` is about at most: 64 MiB, so that no vCPU waits behind it for long. A multiple of 64.
-const CLEAR_PAGES: u64 = 16384;
+pub use error::{ClearError, StartError, SyncError};
+
 /// Times in a row that a vCPU may find its ring full and nothing in it.
 const PATIENCE: u32 = 64;
 
@@ -59,73 +63,17 @@ pub struct SyncReport {
     pub overrun: bool,
 }
 
-/// Why tracking cannot start.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum StartError {
-    /// A slot with a guest_memfd.
-    #[error("slot {slot} at gfns {gfns} has a guest_memfd, and kvm logs no such slot")]
-    Unloggable {
-        /// The slot.
-        slot: SlotId,
-        /// Its frames.
-        gfns: GfnRange,
-    },
-    /// A slot's memory is in no backing that was added.
-    #[error("the memory of slot {slot}, {bytes:#x} bytes at {hva:#x}, is in no backing that is tracked")]
-    NoBacking {
-        /// The slot.
-        slot: SlotId,
-        /// Its address in this process.
-        hva: u64,
-        /// Its size.
-        bytes: u64,
-    },
-    /// No room for a log.
-    #[error("memory for the log of slot {slot}")]
-    Memory {
-        /// The slot.
-        slot: SlotId,
-        /// Why.
-        #[source]
-        errno: Errno,
-    },
-}
-
-/// Why a sync is not complete. What was found until then is in the bitmaps, the rest is found by the next one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum SyncError {
-    /// The slots are not all known since the last edit.
-    #[error("the layout has changed, and a slot could not be followed")]
-    Layout(#[source] StartError),
-    /// The log of a slot could not be had.
-    #[error("get the dirty log of slot {slot}")]
-    Get {
-        /// The slot.
-        slot: SlotId,
-        /// Why.
-        #[source]
-        errno: Errno,
-    },
-    /// The log of a slot could not be cleared.
-    #[error("clear the dirty log of slot {slot}, {pages} pages from page {first:#x} on")]
-    Clear {
-        /// The slot.
-        slot: SlotId,
-        /// First page of the slot.
-        first: u64,
-        /// How many.
-        pages: u64,
-        /// Why.
-        #[source]
-        errno: Errno,
-    },
-    /// The rings could not be reset.
-    #[error(transparent)]
-    Reset(#[from] ResetError),
-    /// A vCPU finds its ring full, over and over, and there is nothing in any ring: KVM has written over entries, and waits for
-    /// them for ever.
-    #[error("a dirty ring is full, but nothing is in it: kvm has overrun it")]
-    Stuck,
+/// What was in the rings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Reaped {
+    /// The pages.
+    pub report: SyncReport,
+    /// Entries in the ring that had the most.
+    pub fullest: u32,
+    /// Of how many.
+    pub size: u32,
+    /// Times so far that a vCPU stood still because its ring was full.
+    pub fulls: u64,
 }
 
 /// Memory that slots are over, and its bitmap.
@@ -134,6 +82,14 @@ struct Backing {
     hva: u64,
     bytes: u64,
     bitmap: Arc<DirtyBitmap>,
+    /// The mapping, if it is known when it goes: something else may come to lie there then.
+    mapping: Option<Weak<dyn SharedBacking>>,
+}
+
+impl Backing {
+    fn is_there(&self) -> bool {
+        self.mapping.as_ref().is_none_or(|mapping| mapping.strong_count() != 0)
+    }
 }
 
 /// Where an owner's pages are.
@@ -169,13 +125,27 @@ struct Tracked {
     place: Place,
     /// Whether KVM logs it. If not, all of it counts as written.
     logged: bool,
-    /// Where its log is read to, if it has one.
+    /// Where its log is read to, if it has one. By hand: the pages that were found and not cleared since.
     log: Option<DirtyLog>,
+    /// Whether its log was looked at.
+    looked: bool,
+}
+
+impl Tracked {
+    /// Whether it is that slot, as far as pages of its log go.
+    fn is(&self, slot: &Memslot, logged: bool) -> bool {
+        let pages = |slot: &Memslot| (slot.id, slot.gfns.pages(), slot.hva);
+        (pages(&self.slot), self.logged) == (pages(slot), logged)
+    }
 }
 
 #[derive(Debug, Default)]
 struct State {
     backings: Vec<Backing>,
+    /// Whether tracking was started.
+    active: bool,
+    /// Whether slots are being replaced.
+    editing: bool,
     unloggable: Unloggable,
     slots: BTreeMap<SlotId, Tracked>,
     /// Owners that were replaced while pages of theirs were in the rings.
@@ -214,16 +184,21 @@ impl Tracker {
         self.mechanism
     }
 
-    /// Adds memory that slots are, or will be, over. Its bitmap is for devices, and for whoever copies: bit `n` is byte
-    /// `n * 4096` of the backing.
+    /// Adds memory that slots are, or will be, over, for as long as the tracker is used. Its bitmap is for devices, and for
+    /// whoever copies: bit `n` is byte `n * 4096` of the backing. If it is known already, the bitmap is the one it has.
     ///
     /// # Errors
     /// `ENOMEM`.
     pub fn add_backing(&self, backing: &dyn SharedBacking) -> Result<Arc<DirtyBitmap>, Errno> {
-        let bitmap = Arc::new(DirtyBitmap::new(backing.size() / PAGE_SIZE)?);
-        let (hva, bytes) = (backing.hva(), backing.size());
-        self.state().backings.push(Backing { hva, bytes, bitmap: Arc::clone(&bitmap) });
-        Ok(bitmap)
+        self.state().add_backing(backing, None)
+    }
+
+    /// As [`add_backing`](Self::add_backing), for memory that is forgotten, bitmap and all, once its last owner drops it.
+    ///
+    /// # Errors
+    /// `ENOMEM`.
+    pub fn adopt(&self, backing: &Arc<dyn SharedBacking>) -> Result<Arc<DirtyBitmap>, Errno> {
+        self.state().add_backing(backing.as_ref(), Some(Arc::downgrade(backing)))
     }
 
     /// Adds the ring of a vCPU that has not run yet.
@@ -243,21 +218,20 @@ impl Tracker {
     /// [`StartError`]; nothing is tracked then.
     pub fn start(&self, layout: &Layout, unloggable: Unloggable) -> Result<(), StartError> {
         let mut state = self.state();
+        state.forget();
         state.unloggable = unloggable;
-        state.slots.clear();
-        state.lost_track = None;
-        self.follow(&mut state, layout)
+        self.follow(&mut state, layout)?;
+        state.active = true;
+        Ok(())
     }
 
-    /// Forgets all slots. What is in the bitmaps stays there.
+    /// Forgets all slots, and follows no edits. What is in the bitmaps stays there.
     pub fn stop(&self) {
-        let mut state = self.state();
-        state.slots.clear();
-        state.lost_track = None;
+        self.state().forget();
     }
 
     /// `slot` is about to be deleted or moved, and its log with it. No vCPU is in the guest, and none enters before
-    /// [`edited`](Self::edited).
+    /// [`edited`](Self::edited), which has to be told whatever comes of it: until then there is no [`sync`](Self::sync).
     ///
     /// # Errors
     /// [`SyncError`]: the slot must stay.
@@ -267,15 +241,22 @@ impl Tracker {
         if matches!(self.mechanism, Mechanism::Ring { .. }) {
             self.drain(state)?;
         }
-        match state.slots.get_mut(&slot.id) {
-            Some(tracked) => self.read_log(tracked).map(drop),
-            None => Ok(()),
+        if let Some(tracked) = state.slots.get_mut(&slot.id) {
+            self.read_log(tracked)?;
+            // Should there be a slot like it afterwards, its log will be another.
+            tracked.looked = false;
         }
+        state.editing = state.active;
+        Ok(())
     }
 
     /// The slots are those of `layout` now. If one of them cannot be followed, the next sync says why.
     pub fn edited(&self, layout: &Layout) {
         let mut state = self.state();
+        if !state.active {
+            return;
+        }
+        state.editing = false;
         // What is in the rings is the old slots', whatever their ids stand for from here on.
         let State { rings, slots, .. } = &mut *state;
         drop(rings.harvest(slots));
@@ -289,9 +270,7 @@ impl Tracker {
     pub fn sync(&self, stage: Stage) -> Result<SyncReport, SyncError> {
         let mut state = self.state();
         let state = &mut *state;
-        if let Some(error) = state.lost_track {
-            return Err(SyncError::Layout(error));
-        }
+        state.may_look()?;
         let mut report = SyncReport::default();
         if matches!(self.mechanism, Mechanism::Ring { .. }) {
             report = self.drain(state)?;
@@ -316,8 +295,23 @@ impl Tracker {
     /// [`SyncError`]. [`SyncError::Stuck`] if it cannot be helped.
     pub fn ring_full(&self) -> Result<SyncReport, SyncError> {
         let mut state = self.state();
+        state.rings.note_full();
         let report = self.drain(&mut state)?;
         if state.empty > PATIENCE { Err(SyncError::Stuck) } else { Ok(report) }
+    }
+
+    /// Takes what is in the rings, so that they do not fill up. For whoever does that now and then, while vCPUs run: a
+    /// [`Reaper`](super::Reaper).
+    ///
+    /// # Errors
+    /// [`SyncError`]; nothing is lost.
+    pub fn reap(&self) -> Result<Reaped, SyncError> {
+        let mut state = self.state();
+        let report = self.drain(&mut state)?;
+        // Nobody waits in vain for a vCPU that does not come: it is none that says so.
+        state.empty = 0;
+        let RingStats { fulls, size, .. } = state.rings.stats();
+        Ok(Reaped { report, fullest: state.rings.latest(), size, fulls })
     }
 
     /// Takes the written pages of tracked slots out of the bitmaps, as frames, ascending and merged. Pages that were written
@@ -351,9 +345,9 @@ impl Tracker {
         matches!(self.mechanism, Mechanism::Bitmap(_) | Mechanism::Ring { backed: true, .. })
     }
 
-    /// Brings the slots up to date. Those that are the same as before keep their owner.
+    /// Brings the slots up to date. Those that are the same as before keep their owner, and what was found in their logs.
     fn follow(&self, state: &mut State, layout: &Layout) -> Result<(), StartError> {
-        let mut next = BTreeMap::new();
+        let mut places = Vec::new();
         for slot in layout.table().slots() {
             let logged = slot.flags.contains(SlotFlags::LOG_DIRTY);
             let unloggable = slot.flags.contains(SlotFlags::GUEST_MEMFD);
@@ -365,24 +359,34 @@ impl Tracker {
             }
             let place = state.place(slot)?;
             let known = state.slots.get(&slot.id);
-            let owner = known.filter(|known| same(&known.slot, slot)).map(|known| known.owner);
-            if owner.is_none() && matches!(self.mechanism, Mechanism::Bitmap(Clearing::ByHandFromAll)) {
-                // As its log says, which an edit may have had cleared.
-                place.set_all();
-            }
-            let owner = owner.unwrap_or_else(|| {
+            let log = if known.is_some_and(|known| known.is(slot, logged)) || !logged || !self.has_logs() {
+                None
+            } else {
+                let log = DirtyLog::for_pages(slot.gfns.pages());
+                Some(log.map_err(|errno| StartError::Memory { slot: slot.id, errno })?)
+            };
+            places.push((*slot, logged, place, log));
+        }
+        let mut before = std::mem::take(&mut state.slots);
+        let mut next = BTreeMap::new();
+        for (slot, logged, place, log) in places {
+            let tracked = if before.get(&slot.id).is_some_and(|known| known.is(&slot, logged)) {
+                before.remove(&slot.id).map(|known| Tracked { slot, place, ..known })
+            } else {
+                if self.mechanism == Mechanism::Bitmap(Clearing::ByHandFromAll) {
+                    // As its log says, which an edit may have had cleared.
+                    place.set_all();
+                }
                 state.next_owner = state.next_owner.saturating_add(1);
-                state.next_owner
-            });
-            let log = (logged && self.has_logs()).then(|| DirtyLog::for_pages(slot.gfns.pages())).transpose();
-            let log = log.map_err(|errno| StartError::Memory { slot: slot.id, errno })?;
-            next.insert(slot.id, Tracked { slot: *slot, owner, place, logged, log });
+                Some(Tracked { slot, owner: state.next_owner, place, logged, log, looked: false })
+            };
+            next.extend(tracked.map(|tracked| (slot.id, tracked)));
         }
         if state.lost_track.take().is_some() {
             // Nobody has looked after all of them in the meantime.
             next.values().for_each(|tracked| tracked.place.set_all());
         }
-        let before = std::mem::replace(&mut state.slots, next);
+        state.slots = next;
         if matches!(self.mechanism, Mechanism::Ring { .. }) {
             state.retired.extend(before.into_values().map(|tracked| (tracked.owner, tracked.place)));
         }
@@ -416,42 +420,69 @@ impl Tracker {
 
     /// A log into a bitmap: how many pages, and whether that is all.
     fn read_log(&self, tracked: &mut Tracked) -> Result<(u64, bool), SyncError> {
-        let (slot, place) = (tracked.slot.id, &tracked.place);
-        let Some(log) = &mut tracked.log else { return Ok((0, true)) };
-        match self.vm.get_dirty_log(slot.raw(), log) {
-            Ok(()) => {}
-            // The slot has gone, and what it had was harvested before.
-            Err(Errno::ENOENT) => return Ok((0, true)),
-            Err(Errno::EFAULT) => {
-                place.set_all();
-                return Ok((place.pages, false));
-            }
-            Err(errno) => return Err(SyncError::Get { slot, errno }),
+        if !self.get_log(tracked)? {
+            tracked.place.set_all();
+            return Ok((tracked.place.pages, false));
         }
-        let by_hand = matches!(self.mechanism, Mechanism::Bitmap(Clearing::ByHand | Clearing::ByHandFromAll));
         let mut pages = 0_u64;
-        let (mut first, mut words) = (0_u64, log.words());
-        while !words.is_empty() {
-            let count = place.pages.saturating_sub(first).min(CLEAR_PAGES);
-            let (now, rest) =
-                words.split_at(words.len().min(usize::try_from(count.div_ceil(64)).unwrap_or(usize::MAX)));
-            words = rest;
-            let dirty = now.iter().map(|word| u64::from(word.count_ones())).fold(0, u64::saturating_add);
-            if dirty != 0 {
-                if by_hand {
-                    self.clear(slot, first, count, now)?;
-                }
-                if let Some(range) = place.range(first, count) {
-                    place.bitmap.merge(range.start(), now);
-                }
-                pages = pages.saturating_add(dirty);
-            }
-            first = first.saturating_add(count);
+        for (first, count) in by_hand::pieces(0, tracked.place.pages, tracked.place.pages) {
+            pages = pages.saturating_add(self.take_piece(tracked, first, count, |_, word| word)?);
         }
         Ok((pages, true))
     }
 
-    fn clear(&self, slot: SlotId, first: u64, pages: u64, bitmap: &[u64]) -> Result<(), SyncError> {
+    /// Has KVM write down the log of a slot. `false` if it is lost.
+    fn get_log(&self, tracked: &mut Tracked) -> Result<bool, SyncError> {
+        let slot = tracked.slot.id;
+        let Some(log) = &mut tracked.log else { return Ok(true) };
+        match self.vm.get_dirty_log(slot.raw(), log) {
+            Ok(()) => {}
+            // The slot has gone, and what it had was harvested before.
+            Err(Errno::ENOENT) => log.words_mut().fill(0),
+            Err(Errno::EFAULT) => return Ok(false),
+            Err(errno) => return Err(SyncError::Get { slot, errno }),
+        }
+        tracked.looked = true;
+        Ok(true)
+    }
+
+    /// Puts into the bitmap what was found in `count` pages from `first` on, as far as `wanted` lets words pass, each with its
+    /// number in the log. By hand, KVM protects them before.
+    fn take_piece(
+        &self,
+        tracked: &mut Tracked,
+        first: u64,
+        count: u64,
+        wanted: impl Fn(u64, u64) -> u64,
+    ) -> Result<u64, SyncError> {
+        let (slot, place) = (tracked.slot.id, &tracked.place);
+        let Some(log) = &mut tracked.log else { return Ok(0) };
+        let from = usize::try_from(first / 64).unwrap_or(usize::MAX);
+        let to = usize::try_from(first.saturating_add(count).div_ceil(64)).unwrap_or(usize::MAX);
+        let Some(found) = log.words_mut().get_mut(from..to) else { return Ok(0) };
+        if found.iter().all(|word| *word == 0) {
+            return Ok(0);
+        }
+        let bits: Vec<u64> = found.iter().zip(first / 64..).map(|(word, at)| wanted(at, *word)).collect();
+        let dirty = bits.iter().map(|word| u64::from(word.count_ones())).fold(0, u64::saturating_add);
+        if dirty == 0 {
+            return Ok(0);
+        }
+        if self.is_by_hand() {
+            self.clear_log(slot, first, count, &bits)?;
+            found.iter_mut().zip(&bits).for_each(|(word, taken)| *word &= !taken);
+        }
+        if let Some(range) = place.range(first, count) {
+            place.bitmap.merge(range.start(), &bits);
+        }
+        Ok(dirty)
+    }
+
+    const fn is_by_hand(&self) -> bool {
+        matches!(self.mechanism, Mechanism::Bitmap(Clearing::ByHand | Clearing::ByHandFromAll))
+    }
+
+    fn clear_log(&self, slot: SlotId, first: u64, pages: u64, bitmap: &[u64]) -> Result<(), SyncError> {
         let num_pages = u32::try_from(pages).unwrap_or(u32::MAX);
         let clear = ClearDirtyLog { slot: slot.raw(), first_page: first, num_pages, bitmap };
         match self.vm.clear_dirty_log(&clear) {
@@ -463,10 +494,43 @@ impl Tracker {
 }
 
 impl State {
+    fn add_backing(
+        &mut self,
+        backing: &dyn SharedBacking,
+        mapping: Option<Weak<dyn SharedBacking>>,
+    ) -> Result<Arc<DirtyBitmap>, Errno> {
+        let (hva, bytes) = (backing.hva(), backing.size());
+        self.backings.retain(Backing::is_there);
+        if let Some(known) = self.backings.iter().find(|known| (known.hva, known.bytes) == (hva, bytes)) {
+            return Ok(Arc::clone(&known.bitmap));
+        }
+        let bitmap = Arc::new(DirtyBitmap::new(bytes / PAGE_SIZE)?);
+        self.backings.push(Backing { hva, bytes, bitmap: Arc::clone(&bitmap), mapping });
+        Ok(bitmap)
+    }
+
+    /// Forgets the slots.
+    fn forget(&mut self) {
+        self.slots.clear();
+        (self.active, self.editing, self.lost_track) = (false, false, None);
+    }
+
+    /// Whether what a log tells is the slot's.
+    const fn may_look(&self) -> Result<(), SyncError> {
+        match self.lost_track {
+            _ if self.editing => Err(SyncError::Editing),
+            Some(error) => Err(SyncError::Layout(error)),
+            None => Ok(()),
+        }
+    }
+
     /// Where the memory of a slot is.
     fn place(&self, slot: &Memslot) -> Result<Place, StartError> {
         let (hva, bytes) = (slot.hva, slot.gfns.bytes());
         let inside = |backing: &&Backing| {
+            if !backing.is_there() {
+                return false;
+            }
             let offset = hva.checked_sub(backing.hva);
             let end = offset.and_then(|offset| offset.checked_add(bytes));
             end.is_some_and(|end| end <= backing.bytes)
@@ -476,11 +540,6 @@ impl State {
         let first = FilePage::containing(hva.saturating_sub(backing.hva));
         Ok(Place { bitmap: Arc::clone(&backing.bitmap), first, pages: slot.gfns.pages() })
     }
-}
-
-/// Whether it is the slot that it was, as far as pages of its log go.
-fn same(a: &Memslot, b: &Memslot) -> bool {
-    (a.id, a.gfns.pages(), a.hva) == (b.id, b.gfns.pages(), b.hva)
 }
 
 impl fmt::Debug for Tracker {

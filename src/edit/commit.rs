@@ -3,10 +3,12 @@
 //! What a step does hides behind [`Effects`], so that every failure at every step can be tried without a VM. Nothing here
 //! decides anything: the plan is carried out as it is, and undone in reverse.
 
+use std::sync::Arc;
+
 use nix::errno::Errno;
 
-use crate::backing::SharedSlice;
-use crate::layout::{Layout, LayoutError, Memslot};
+use crate::backing::{SharedBacking, SharedSlice};
+use crate::layout::{Layout, LayoutError, Memslot, SlotId};
 
 use super::plan::Step;
 
@@ -22,6 +24,15 @@ pub trait Effects {
 /// Somebody who keeps dirty bits, by the memory that they are about: where it lies does not matter to them, so an edit loses
 /// none.
 pub trait Harvest: std::fmt::Debug + Send + Sync {
+    /// Slots are, or are about to be, over this memory. Told at any time before, and more than once.
+    ///
+    /// # Errors
+    /// Why its dirty bits could not be kept: no slot comes to be over it then.
+    fn memory(&self, backing: &Arc<dyn SharedBacking>) -> Result<(), Errno> {
+        let _ = backing;
+        Ok(())
+    }
+
     /// The dirty log of `slot` is about to go. No vCPU is in the guest, and none of them enters before this returns.
     /// Bit `n` is about byte `n * 4096` of `memory`.
     ///
@@ -29,7 +40,8 @@ pub trait Harvest: std::fmt::Debug + Send + Sync {
     /// Why it could not be had: the edit is not carried out then.
     fn harvest(&self, slot: &Memslot, memory: &SharedSlice) -> Result<(), Errno>;
 
-    /// The slots are those of `layout` now. Called once per edit, before any vCPU enters the guest again.
+    /// The slots are those of `layout` now. Called once per edit, before any vCPU enters the guest again; also if the edit has
+    /// failed after something was harvested.
     fn edited(&self, layout: &Layout) {
         let _ = layout;
     }

@@ -24,6 +24,7 @@ mod plan;
 mod region;
 mod sweep;
 mod tile;
+mod tracked;
 
 pub use assign::Prefer;
 pub use commit::{Effects, Failed, Harvest, commit};

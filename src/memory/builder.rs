@@ -10,6 +10,7 @@ use nix::errno::Errno;
 use crate::addr::{AddrError, FilePage, Gfn, GfnRange, PAGE_SHIFT, PAGE_SIZE, PAGES_PER_1G};
 use crate::backing::{SharedBacking, SharedError, SharedMemory, SharedSlice, Space};
 use crate::convert::{ConvertOptions, Converter, DiscardPolicy, PinPolicy, State};
+use crate::edit::Harvest;
 use crate::gmem::GuestMemfd;
 use crate::hypervisor::{Cap, Capabilities, HypercallExit, Hypervisor, MEMORY_ATTRIBUTE_PRIVATE, MissingCapability};
 use crate::layout::{Layout, Limits, SlotFlags};
@@ -102,6 +103,7 @@ pub struct Builder {
     convert: ConvertOptions,
     address_limit: u64,
     address_bits: Option<u32>,
+    harvest: Option<Arc<dyn Harvest>>,
 }
 
 impl Builder {
@@ -173,6 +175,40 @@ impl Builder {
         self
     }
 
+    /// Has `harvest` keep dirty bits, whatever becomes of the slots: a [`Tracker`](crate::dirty::Tracker) follows every edit
+    /// by itself then. Which slots are logged, their flags say, here or in an edit.
+    ///
+    /// ```
+    /// use cvm_memory::dirty::{Clearing, Mechanism, Stage, Tracker, Unloggable};
+    /// use cvm_memory::layout::SlotFlags;
+    /// use cvm_memory::memory::{CommitOptions, CvmMemory};
+    /// use cvm_memory::soft::SoftVm;
+    /// use std::sync::Arc;
+    ///
+    /// let vm = Arc::new(SoftVm::default_type());
+    /// let tracker = Arc::new(Tracker::new(vm.clone(), Mechanism::Bitmap(Clearing::ByLooking)));
+    /// let memory = CvmMemory::builder().plain_ram(0, 64 << 20).harvest(tracker.clone()).build(vm)?;
+    ///
+    /// let mut edit = memory.edit();
+    /// edit.set_flags(0, 64 << 20, SlotFlags::LOG_DIRTY)?;
+    /// edit.commit(&CommitOptions::default())?;
+    /// tracker.start(memory.space().layout(), Unloggable::Refuse)?;
+    ///
+    /// // From here on, slots may come and go.
+    /// let mut edit = memory.edit();
+    /// edit.split(32 << 20)?;
+    /// edit.commit(&CommitOptions::default())?;
+    /// tracker.sync(Stage::Running)?;
+    /// for gfns in tracker.take_gfns() {
+    ///     // Copy them.
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn harvest(mut self, harvest: Arc<dyn Harvest>) -> Self {
+        self.harvest = Some(harvest);
+        self
+    }
+
     /// Makes the memory: probes the VM, creates the files and mappings, adds the slots.
     ///
     /// # Errors
@@ -224,7 +260,7 @@ impl Builder {
             capabilities,
             editing: Mutex::default(),
             gate: Arc::default(),
-            harvest: Mutex::default(),
+            harvest: Mutex::new(self.harvest),
             intended: ArcSwapOption::empty(),
             changes: AtomicU64::new(0),
         };

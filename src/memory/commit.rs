@@ -255,6 +255,13 @@ impl Work<'_> {
     /// Steps 1 to 3.
     fn prepare(&self, done: &mut Done) -> Result<(), EditError> {
         let converter = &self.memory.converter;
+        if let Some(harvester) = self.memory.harvester() {
+            for slot in self.plan.created() {
+                let Some(slice) = self.next.shared(slot.id) else { continue };
+                let failed = |errno| EditError::Harvest { slot: slot.id.raw(), errno };
+                harvester.memory(&slice.backing).map_err(failed)?;
+            }
+        }
         for &gfns in &self.changes.gone {
             converter.settle_locked(gfns).map_err(|error| EditError::Step { gfns, error })?;
         }
@@ -305,14 +312,29 @@ impl Work<'_> {
         if self.plan.stops_vcpus() || vcpu_state {
             closed = Some((memory.gate.close(self.options.patience)?, Instant::now()));
         }
-        let harvester = memory.harvester();
-        if let Some(harvester) = &harvester {
-            for slot in &self.plan.harvest {
-                let Some(slice) = self.current.shared(slot.id) else { continue };
-                let failed = |errno| EditError::Harvest { slot: slot.id.raw(), errno };
-                harvester.harvest(slot, slice).map_err(failed)?;
-            }
+        let result = self.harvest().and_then(|()| self.call_kvm(frames, rebound));
+        memory.tell_edited();
+        let stopped = closed.map(|(closed, since)| {
+            drop(closed);
+            since.elapsed()
+        });
+        result.map(|()| stopped)
+    }
+
+    /// Dirty logs that go.
+    fn harvest(&self) -> Result<(), EditError> {
+        let Some(harvester) = self.memory.harvester() else { return Ok(()) };
+        for slot in &self.plan.harvest {
+            let Some(slice) = self.current.shared(slot.id) else { continue };
+            let failed = |errno| EditError::Harvest { slot: slot.id.raw(), errno };
+            harvester.harvest(slot, slice).map_err(failed)?;
         }
+        Ok(())
+    }
+
+    /// Step 5.
+    fn call_kvm(&self, frames: &mut Frames, rebound: &Rebound) -> Result<(), EditError> {
+        let memory = self.memory;
         for (file, pages) in rebound {
             if let Some(owner) = self.edit.file(*file, self.current) {
                 owner.punch_hole(*pages).map_err(|error| EditError::Step {
@@ -335,14 +357,7 @@ impl Work<'_> {
         };
         memory.intended.store(None);
         memory.changes.fetch_add(1, Ordering::AcqRel);
-        if let (Some(harvester), Ok(())) = (&harvester, &result) {
-            harvester.edited(&self.plan.layout);
-        }
-        let stopped = closed.map(|(closed, since)| {
-            drop(closed);
-            since.elapsed()
-        });
-        result.map(|()| stopped)
+        result
     }
 
     /// What the failure left, published.

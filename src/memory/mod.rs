@@ -20,6 +20,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use arc_swap::{ArcSwap, ArcSwapOption, Cache, Guard};
+use nix::errno::Errno;
 
 use crate::addr::{AddrError, Gfn, GfnRange, Gpa, PAGE_SIZE};
 use crate::backing::Space;
@@ -386,9 +387,27 @@ impl CvmMemory {
         &self.gate
     }
 
-    /// Has `harvest` asked for dirty bits before a dirty log goes.
-    pub fn set_harvest(&self, harvest: Option<Arc<dyn Harvest>>) {
+    /// Has `harvest` asked for dirty bits before a dirty log goes; it is told of the memory that there is, and of the slots.
+    /// [`Builder::harvest`] does that from the beginning.
+    ///
+    /// # Errors
+    /// What it answers to the memory; `EDEADLK` from a listener. The one before stays then.
+    pub fn set_harvest(&self, harvest: Option<Arc<dyn Harvest>>) -> Result<(), Errno> {
+        let _editing = self.editing().map_err(|_| Errno::EDEADLK)?;
+        let space = self.converter.space();
+        if let Some(harvest) = &harvest {
+            space.shared_backings().into_iter().try_for_each(|backing| harvest.memory(backing))?;
+        }
         *self.harvest.lock().unwrap_or_else(PoisonError::into_inner) = harvest;
+        self.tell_edited();
+        Ok(())
+    }
+
+    /// Who keeps dirty bits is told of the slots that there are now.
+    fn tell_edited(&self) {
+        if let Some(harvester) = self.harvester() {
+            harvester.edited(self.converter.space().layout());
+        }
     }
 
     fn harvester(&self) -> Option<Arc<dyn Harvest>> {

@@ -108,6 +108,15 @@ pub enum SlotError {
     /// The layout does not admit it.
     #[error(transparent)]
     Layout(#[from] LayoutError),
+    /// The dirty bits of its memory could not be kept.
+    #[error("keep the dirty bits of slot {slot:#x}")]
+    Harvest {
+        /// The slot, as KVM numbers it.
+        slot: u32,
+        /// Why.
+        #[source]
+        errno: Errno,
+    },
     /// Page state, pins and listeners know address space 0 only.
     #[error("slot {id} is not in address space 0")]
     AddressSpace {
@@ -203,6 +212,12 @@ impl CvmMemory {
         }
         let hull = slots.iter().map(|slot| slot.gfns).reduce(|a, b| a.hull(&b));
         let Some(hull) = hull else { return Ok(Vec::new()) };
+        if let Some(harvester) = self.harvester() {
+            for (slot, slice) in slots.iter().filter_map(|slot| Some((slot, next.shared(slot.id)?))) {
+                let failed = |errno| SlotError::Harvest { slot: slot.id.raw(), errno };
+                harvester.memory(&slice.backing).map_err(failed)?;
+            }
+        }
 
         // What is no memory yet has no pins; those of memory in between do not matter.
         let _guard = self.converter.hold(hull)?;
@@ -265,6 +280,7 @@ impl CvmMemory {
         }
         undo.armed = false;
         slots.iter().for_each(|slot| frames.bound(slot));
+        self.tell_edited();
         Ok(slots.iter().map(|slot| slot.id).collect())
     }
 
@@ -293,6 +309,7 @@ impl CvmMemory {
             return Err(error);
         }
         self.converter.publish_space(next);
+        self.tell_edited();
         Ok(())
     }
 

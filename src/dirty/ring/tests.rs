@@ -123,7 +123,10 @@ fn r04_around_the_end_of_a_ring() {
     assert_eq!(harvest.reset_to_runs(&kvm), Ok(all(vec![run(101, 20, 3), run(101, 50, 1)])));
     assert_eq!(rings.rings[0].fetch, 10);
     assert_eq!(kvm.reset_index.load(Ordering::Relaxed), 10);
-    assert_eq!(rings.stats(), RingStats { entries: 10, resets: 2, overruns: 0, strays: 0, fullest: 6, size: 8 });
+    assert_eq!(
+        rings.stats(),
+        RingStats { entries: 10, resets: 2, overruns: 0, strays: 0, fulls: 0, fullest: 6, size: 8 }
+    );
 }
 
 /// KVM takes back three of four and no more: an error, and the pages come with the next reset.
@@ -296,7 +299,7 @@ fn as_one_by_one() {
             let (mut slot, mut page) = (0, 0);
             for at in 0..dirty {
                 match next(8) {
-                    0 => slot = next(5) as u32,
+                    0 => slot = u32::try_from(next(5)).unwrap(),
                     1 => page = next(1100),
                     2 => {}
                     _ => page += 1,

@@ -12,7 +12,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use nix::errno::Errno;
 
@@ -23,6 +23,7 @@ use crate::addr::{FilePage, FileRange, GfnRange, PAGE_SIZE};
 use crate::backing::SharedBacking;
 use crate::hypervisor::{ClearDirtyLog, DirtyLog, DirtyRingMemory, Hypervisor};
 use crate::layout::{Layout, Memslot, SlotFlags, SlotId};
+use crate::sync::blocking::{Mutex, MutexGuard};
 
 /// Pages that one `KVM_CLEAR_DIRTY_LOG` is about at most: 64 MiB, so that no vCPU waits behind it for long. A multiple of 64.
 const CLEAR_PAGES: u64 = 16384;
@@ -126,6 +127,19 @@ pub enum SyncError {
     /// them for ever.
     #[error("a dirty ring is full, but nothing is in it: kvm has overrun it")]
     Stuck,
+}
+
+impl SyncError {
+    /// What KVM gave, or `EIO` if it was not KVM's doing.
+    pub const fn errno(&self) -> Errno {
+        match self {
+            Self::Get { errno, .. }
+            | Self::Clear { errno, .. }
+            | Self::Layout(StartError::Memory { errno, .. })
+            | Self::Reset(ResetError::Call(errno)) => *errno,
+            Self::Layout(_) | Self::Reset(_) | Self::Stuck => Errno::EIO,
+        }
+    }
 }
 
 /// Memory that slots are over, and its bitmap.
@@ -280,6 +294,19 @@ impl Tracker {
         let State { rings, slots, .. } = &mut *state;
         drop(rings.harvest(slots));
         state.lost_track = self.follow(&mut state, layout).err();
+    }
+
+    /// Bytes at address `hva` were written, and KVM knows nothing of it. Memory that was not added is nobody's business.
+    pub fn wrote(&self, hva: u64, bytes: u64) {
+        let state = self.state();
+        let holds = |backing: &&Backing| hva.checked_sub(backing.hva).is_some_and(|offset| offset < backing.bytes);
+        let Some(backing) = state.backings.iter().find(holds) else { return };
+        let offset = hva.saturating_sub(backing.hva);
+        let end = offset.saturating_add(bytes).min(backing.bytes).checked_next_multiple_of(PAGE_SIZE);
+        let end = end.map(FilePage::containing);
+        if let Some(pages) = end.and_then(|end| FileRange::new(FilePage::containing(offset), end).ok()) {
+            backing.bitmap.set(pages);
+        }
     }
 
     /// Finds out what was written since the last time, and notes it in the bitmaps.

@@ -6,6 +6,7 @@
 use nix::errno::Errno;
 
 use crate::backing::SharedSlice;
+use crate::dirty::Tracker;
 use crate::layout::{Layout, LayoutError, Memslot};
 
 use super::plan::Step;
@@ -32,6 +33,27 @@ pub trait Harvest: std::fmt::Debug + Send + Sync {
     /// The slots are those of `layout` now. Called once per edit, before any vCPU enters the guest again.
     fn edited(&self, layout: &Layout) {
         let _ = layout;
+    }
+
+    /// This library has written the first `bytes` bytes of `memory`, for a device or where KVM could not finish a guest's
+    /// write: KVM knows nothing of it. Called after the write, by whichever thread made it.
+    fn wrote(&self, memory: &SharedSlice, bytes: u64);
+}
+
+impl Harvest for Tracker {
+    fn harvest(&self, slot: &Memslot, _: &SharedSlice) -> Result<(), Errno> {
+        self.before_delete(slot).map_err(|error| {
+            tracing::warn!(error = &error as &dyn std::error::Error, "dirty log not harvested");
+            error.errno()
+        })
+    }
+
+    fn edited(&self, layout: &Layout) {
+        Tracker::edited(self, layout);
+    }
+
+    fn wrote(&self, memory: &SharedSlice, bytes: u64) {
+        Tracker::wrote(self, memory.hva(), bytes);
     }
 }
 

@@ -3,13 +3,14 @@
 //! Mirrors `virt/kvm/dirty_ring.c`, `kvm_vm_ioctl_enable_dirty_log_ring()` and `kvm_vm_ioctl_reset_dirty_pages()`
 //! (`virt/kvm/kvm_main.c`).
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 
 use nix::errno::Errno;
 
 use super::sync::lock;
 use crate::hypervisor::{DirtyGfn, DirtyRingMemory};
+use crate::sync::blocking::Mutex;
 
 /// `KVM_DIRTY_RING_MAX_ENTRIES` entries, in bytes.
 pub(super) const MAX_BYTES: u64 = 65536 * ENTRY;

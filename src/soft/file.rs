@@ -9,7 +9,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, RwLock, Weak};
+use std::sync::{Arc, Weak};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -19,6 +19,7 @@ use super::sync::{lock, read};
 use crate::addr::{FilePage, FileRange, Gfn, PAGE_SHIFT, merge_adjacent};
 use crate::gmem::GmemFlags;
 use crate::layout::Bindings;
+use crate::sync::blocking::{Mutex, RwLock};
 
 /// A page that the file holds.
 #[derive(Debug, Default)]

@@ -5,7 +5,7 @@
 //! Mirrors `struct kvm_memory_slot` and `struct kvm_memslots` (`include/linux/kvm_host.h`).
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Weak};
 
 use super::attributes::Mixed;
 use super::dirty::DirtyBits;
@@ -13,6 +13,7 @@ use super::file::GmemFile;
 use super::sync::lock;
 use crate::addr::{FilePage, FileRange, Gfn, GfnRange};
 use crate::layout::{SlotFlags, SlotId};
+use crate::sync::blocking::Mutex;
 
 /// The guest_memfd side of a slot.
 #[derive(Debug)]

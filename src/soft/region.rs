@@ -5,8 +5,8 @@
 //!
 //! The dirty log belongs to the slot: a move carries it along, and it goes with the slot or the flag.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
 
 use nix::errno::Errno;
 
@@ -19,6 +19,7 @@ use crate::addr::{FilePage, FileRange, Gfn, GfnRange, PAGE_SIZE};
 use crate::gmem::GmemFlags;
 use crate::hypervisor::{MemoryRegion, VmType};
 use crate::layout::{BindError, SlotFlags, SlotId};
+use crate::sync::blocking::Mutex;
 
 /// `KVM_USER_MEM_SLOTS`: the slots of an address space that userspace may name.
 pub(super) const USER_MEM_SLOTS: u16 = 32764;

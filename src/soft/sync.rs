@@ -4,7 +4,9 @@
 //! data under these locks is changed in single steps. [`Srcu`] mirrors `srcu_read_lock()` and `synchronize_srcu()` on
 //! `kvm->srcu`; it guards nothing by itself, it only lets an updater wait for those who may still hold what it replaced.
 
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::PoisonError;
+
+use crate::sync::blocking::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)

@@ -17,6 +17,7 @@ use super::ops::{GuestOp, OpResult, Running};
 use super::vm::Vm;
 use crate::addr::{Gfn, GfnRange, Gpa, PAGE_SIZE};
 use crate::hypervisor::{DirtyRingMemory, Exit, HypercallExit, MemoryFault, Mmio, PreFaultMemory, Vcpu};
+use crate::sync::blocking::yield_now;
 
 /// `KVM_HC_MAP_GPA_RANGE` as a bit of `KVM_CAP_EXIT_HYPERCALL`.
 pub(super) const MAP_GPA_RANGE_BIT: u64 = 1 << HypercallExit::MAP_GPA_RANGE;
@@ -249,7 +250,7 @@ impl SoftVcpu {
                 self.vm.state_page(gfn)
             };
             match found {
-                Err(Errno::EAGAIN) => std::thread::yield_now(),
+                Err(Errno::EAGAIN) => yield_now(),
                 found => self.vm.arch().state_page_found(self.index, found),
             }
         }
@@ -302,7 +303,7 @@ impl SoftVcpu {
                 Walk::Failed(errno) => return Err(errno),
                 Walk::Denied(Denied::Exception) => return Ok(Ok(Piece::Exception)),
                 Walk::Denied(Denied::KillVm) => self.vm.kill(),
-                Walk::Denied(Denied::Spin) => std::thread::yield_now(),
+                Walk::Denied(Denied::Spin) => yield_now(),
                 Walk::Fault(missing) => {
                     let Some((gfn, _, data)) = pieces.get(index) else { return Err(Errno::EIO) };
                     match self.fault(*gfn, data.kind(), private, missing)? {
@@ -329,7 +330,7 @@ impl SoftVcpu {
             Fault::Mapped => Ok(Ok(())),
             Fault::Retry | Fault::SlotInvalid => {
                 self.interrupted()?;
-                std::thread::yield_now();
+                yield_now();
                 Ok(Ok(()))
             }
             other => Ok(Err(other)),
@@ -468,7 +469,7 @@ impl SoftVcpu {
             let private = self.vm.is_private(gfn);
             match self.vm.fault(gfn, AccessKind::Read, private, Missing::Plain, self.ring.as_deref()) {
                 Fault::Mapped => return Ok(()),
-                Fault::Retry => std::thread::yield_now(),
+                Fault::Retry => yield_now(),
                 Fault::SlotInvalid => return Err(Errno::EAGAIN),
                 Fault::Exit(fault) => return Err(fault.errno),
                 Fault::NoSlot => return Err(Errno::ENOENT),

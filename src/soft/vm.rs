@@ -8,7 +8,7 @@ use std::fmt;
 use std::os::fd::RawFd;
 use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
+use std::sync::{Arc, Weak};
 
 use nix::errno::Errno;
 
@@ -23,6 +23,7 @@ use super::sync::{Srcu, lock, read, write};
 use crate::addr::{FileRange, Gfn, GfnRange};
 use crate::hypervisor::{MEMORY_ATTRIBUTE_PRIVATE, MemoryAttributes};
 use crate::layout::{Clip, SlotId};
+use crate::sync::blocking::{Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 /// Something that happened inside the software KVM, told to an observer while it happens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -99,6 +99,10 @@ impl Harvest for Order {
     fn edited(&self, layout: &cvm_memory::layout::Layout) {
         self.0.lock().unwrap().push(format!("edited {}", layout.table().len()));
     }
+
+    fn wrote(&self, memory: &SharedSlice, bytes: u64) {
+        self.0.lock().unwrap().push(format!("wrote {bytes} at {:#x}", memory.offset));
+    }
 }
 
 #[test]

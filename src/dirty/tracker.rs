@@ -263,6 +263,19 @@ impl Tracker {
         state.lost_track = self.follow(&mut state, layout).err();
     }
 
+    /// Bytes at address `hva` were written, and KVM knows nothing of it. Memory that was not added is nobody's business.
+    pub fn wrote(&self, hva: u64, bytes: u64) {
+        let state = self.state();
+        let holds = |backing: &&Backing| hva.checked_sub(backing.hva).is_some_and(|offset| offset < backing.bytes);
+        let Some(backing) = state.backings.iter().find(holds) else { return };
+        let offset = hva.saturating_sub(backing.hva);
+        let end = offset.saturating_add(bytes).min(backing.bytes).checked_next_multiple_of(PAGE_SIZE);
+        let end = end.map(FilePage::containing);
+        if let Some(pages) = end.and_then(|end| FileRange::new(FilePage::containing(offset), end).ok()) {
+            backing.bitmap.set(pages);
+        }
+    }
+
     /// Finds out what was written since the last time, and notes it in the bitmaps.
     ///
     /// # Errors

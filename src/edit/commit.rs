@@ -8,7 +8,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 
 use crate::backing::{SharedBacking, SharedSlice};
-use crate::layout::{Layout, LayoutError, Memslot, SlotId};
+use crate::layout::{Layout, LayoutError, Memslot};
 
 use super::plan::Step;
 
@@ -45,6 +45,10 @@ pub trait Harvest: std::fmt::Debug + Send + Sync {
     fn edited(&self, layout: &Layout) {
         let _ = layout;
     }
+
+    /// This library has written the first `bytes` bytes of `memory`, for a device or where KVM could not finish a guest's
+    /// write: KVM knows nothing of it. Called after the write, by whichever thread made it.
+    fn wrote(&self, memory: &SharedSlice, bytes: u64);
 }
 
 /// A plan that failed.

@@ -3,19 +3,18 @@
 //! That of the slot it replaces, so that what changes in place keeps its name; else the lowest that no slot has had when
 //! the edit began; ids that the edit frees only when there are no others. An id is never in use twice: deletions come first.
 
-use crate::layout::{Layout, SlotId};
+use crate::layout::{Layout, Memslot, SlotId};
 
 use super::draft::Draft;
 use super::error::PlanError;
-use super::plan::Step;
 use super::region::Region;
 
-/// Ids for the slots `created`, given the deletions. Both ascend by frame.
-pub(super) fn assign(
+/// Ids for the slots `created`, given those that have `gone`. Both ascend by frame.
+pub(super) fn assign<'s>(
     layout: &Layout,
     draft: &Draft,
     created: &[Region],
-    deletions: &[Step],
+    gone: impl ExactSizeIterator<Item = &'s Memslot>,
 ) -> Result<Vec<SlotId>, PlanError> {
     let limit = u16::try_from(layout.limits().slots_per_address_space).unwrap_or(u16::MAX);
     let mut used = vec![false; usize::from(limit)];
@@ -25,12 +24,12 @@ pub(super) fn assign(
         }
     }
     let needed = created.len();
-    let free = used.iter().filter(|used| !**used).count().saturating_add(deletions.len());
+    let free = used.iter().filter(|used| !**used).count().saturating_add(gone.len());
     if needed > free {
         return Err(PlanError::NoFreeId { needed, free });
     }
     // Each ascends and overlaps nothing of itself, so one pass finds out who replaces whom.
-    let mut gone = deletions.iter().map(Step::slot).peekable();
+    let mut gone = gone.peekable();
     let mut unused = Vec::new();
     let mut inherited = Vec::with_capacity(needed);
     for region in created {

@@ -24,4 +24,8 @@ impl Harvest for Tracker {
     fn edited(&self, layout: &Layout) {
         Self::edited(self, layout);
     }
+
+    fn wrote(&self, memory: &SharedSlice, bytes: u64) {
+        Self::wrote(self, memory.hva(), bytes);
+    }
 }

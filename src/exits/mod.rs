@@ -27,9 +27,10 @@ use nix::errno::Errno;
 
 use crate::addr::{Gfn, GfnRange, Gpa, PAGES_PER_1G};
 use crate::convert::{ConvertError, LockError, Outcome, Request, RequestError, State, StepError};
-use crate::hypervisor::{Exit, HypercallExit, MemoryFault};
+use crate::hypervisor::{Exit, HypercallExit, MemoryFault, Mmio};
 use crate::memory::CvmMemory;
 
+use flux::Access;
 use limit::RateLimit;
 
 /// What the VMM must do.
@@ -201,7 +202,7 @@ impl VcpuExits {
             Exit::MemoryFault(fault) => self.memory_fault(fault),
             Exit::Mmio(mmio) => {
                 self.forget();
-                flux::complete(&self.memory, mmio).map_or(Action::NotOurs, Action::Resume)
+                self.mmio(mmio)
             }
             _ => {
                 // The guest got on.
@@ -209,6 +210,34 @@ impl VcpuExits {
                 Action::NotOurs
             }
         }
+    }
+
+    /// An access that KVM leaves to userspace, to memory perhaps.
+    ///
+    /// Where accesses carry their privacy, this one was a shared one, since KVM reports a private one without a slot as a
+    /// fault; so if the page is private, it comes to what a fault would have: the page is converted, or the guest is told off.
+    /// Where the attribute alone decides, nobody has asked for the page to be shared, and its contents are not given up.
+    fn mmio(&mut self, mmio: &mut Mmio<'_>) -> Action {
+        // Somebody may convert it back meanwhile, but not for ever.
+        for _ in 0..=self.options.repeats {
+            let range = match flux::complete(&self.memory, mmio) {
+                Access::Completed => return Action::Resume(Handled::Completed),
+                Access::Device => return Action::NotOurs,
+                Access::Private(range) => range,
+            };
+            let (gfn, to) = (range.start(), State::Shared);
+            if !self.options.implicit_conversion || !self.memory.platform().accesses_carry_privacy {
+                return self.guest_error(GuestError::Implicit { gfn, to });
+            }
+            match self.memory.convert(&Request { range, to }) {
+                Ok(Outcome::Unchanged) => {}
+                Ok(Outcome::Converted { .. }) => self.memory.converter().counters().requests.shared_faults.add(1),
+                Ok(Outcome::RolledBack { cause }) => return self.guest_error(GuestError::Failed { gfn, to, cause }),
+                Ok(poisoned @ Outcome::Poisoned { .. }) => return Action::Poisoned(poisoned),
+                Err(error) => return self.guest_error(error.into()),
+            }
+        }
+        Action::NotOurs
     }
 
     /// `KVM_HC_MAP_GPA_RANGE`: the answer is a positive errno for the guest.

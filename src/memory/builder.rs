@@ -1,7 +1,7 @@
 //! Describing a VM's memory, and making it.
 
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex};
 
 use arc_swap::ArcSwapOption;
 
@@ -15,6 +15,7 @@ use crate::gmem::GuestMemfd;
 use crate::hypervisor::{Cap, Capabilities, HypercallExit, Hypervisor, MEMORY_ATTRIBUTE_PRIVATE, MissingCapability};
 use crate::layout::{Layout, Limits, SlotFlags};
 use crate::page_set::{PageSet, PageSetError};
+use crate::sync::blocking::Mutex;
 
 use super::slots::{SlotError, SlotSpec};
 use super::{CvmMemory, Materialise};

@@ -17,13 +17,13 @@ mod slots;
 
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use arc_swap::{ArcSwap, ArcSwapOption, Cache, Guard};
 use nix::errno::Errno;
 
 use crate::addr::{AddrError, Gfn, GfnRange, Gpa, PAGE_SIZE};
-use crate::backing::Space;
+use crate::backing::{SharedSlice, Space};
 use crate::convert::{
     AddListenerError, ConvertError, Converter, Listener, ListenerId, LockError, Outcome, Pin, PinError, Request, State,
     StepError,
@@ -36,6 +36,7 @@ use crate::layout::{SlotFlags, SlotId, SlotTable};
 use crate::page_set::{PageSet, Pages};
 use crate::prefault::{PrefaultError, PrefaultOptions, Prefaulted, Progress, prefault};
 use crate::stats::{Requests, Syscalls};
+use crate::sync::blocking::{Mutex, MutexGuard};
 
 pub use builder::{BuildError, Builder};
 pub use commit::{CommitOptions, Committed};
@@ -280,7 +281,7 @@ impl CvmMemory {
     /// [`AccessError`]; `bytes` is untouched then.
     pub fn read(&self, gpa: Gpa, bytes: &mut [u8]) -> Result<(), AccessError> {
         let mut rest = bytes;
-        self.access(gpa, rest.len() as u64, &mut |slice| {
+        self.access(gpa, rest.len() as u64, &mut |_, slice| {
             if let Some((now, later)) = std::mem::take(&mut rest).split_at_mut_checked(slice.len()) {
                 slice.copy_to(now);
                 rest = later;
@@ -288,16 +289,20 @@ impl CvmMemory {
         })
     }
 
-    /// Writes shared memory, as a device may: never a private page.
+    /// Writes shared memory, as a device may: never a private page. Who [keeps](Self::set_harvest) dirty bits is told.
     ///
     /// # Errors
     /// [`AccessError`]; nothing is written then.
     pub fn write(&self, gpa: Gpa, bytes: &[u8]) -> Result<(), AccessError> {
         let mut rest = bytes;
-        self.access(gpa, rest.len() as u64, &mut |slice| {
+        let harvester = self.harvester();
+        self.access(gpa, rest.len() as u64, &mut |memory, slice| {
             if let Some((now, later)) = rest.split_at_checked(slice.len()) {
                 slice.copy_from(now);
                 rest = later;
+                if let Some(harvester) = &harvester {
+                    harvester.wrote(memory, now.len() as u64);
+                }
             }
         })
     }
@@ -307,7 +312,7 @@ impl CvmMemory {
         &self,
         gpa: Gpa,
         len: u64,
-        visit: &mut dyn FnMut(vm_memory::VolatileSlice<'_>),
+        visit: &mut dyn FnMut(&SharedSlice, vm_memory::VolatileSlice<'_>),
     ) -> Result<(), AccessError> {
         if len == 0 {
             return Ok(());
@@ -326,8 +331,9 @@ impl CvmMemory {
             let first = gpa.get().max(piece.gfns.start_byte());
             let bytes = end.min(piece.gfns.end_byte()).saturating_sub(first);
             let offset = piece.offset.saturating_add(first.saturating_sub(piece.gfns.start_byte()));
-            if let Some(slice) = space.shared(piece.slot).and_then(|slice| slice.backing.slice(offset, bytes)) {
-                visit(slice);
+            let Some(SharedSlice { backing, .. }) = space.shared(piece.slot) else { continue };
+            if let Some(slice) = backing.slice(offset, bytes) {
+                visit(&SharedSlice { backing: Arc::clone(backing), offset }, slice);
             }
         }
         Ok(())
@@ -426,7 +432,7 @@ impl CvmMemory {
     }
 
     /// Keeps other edits out. A listener that asked for one would wait for itself.
-    fn editing(&self) -> Result<std::sync::MutexGuard<'_, Frames>, LockError> {
+    fn editing(&self) -> Result<MutexGuard<'_, Frames>, LockError> {
         self.converter.refuse_reentry()?;
         Ok(self.editing.lock().unwrap_or_else(PoisonError::into_inner))
     }

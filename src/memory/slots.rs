@@ -15,12 +15,29 @@ use nix::errno::Errno;
 use crate::addr::{AddrError, FilePage, FileRange, Gfn, GfnRange, PAGE_SHIFT, PAGE_SIZE};
 use crate::backing::{SharedSlice, Space};
 use crate::convert::{LockError, Outcome, StepError};
+use crate::edit::{PlanError, Reason, Refused};
 use crate::gmem::{FileId, GmemFlags, GuestMemfd};
 use crate::hypervisor::MemoryRegion;
 use crate::layout::{FileBinding, LayoutError, Memslot, SlotFlags, SlotId};
 use crate::page_set::PageSetError;
 
-use super::{CvmMemory, Materialise};
+use super::{CommitOptions, CvmMemory, EditError, Materialise};
+
+/// What has a name here keeps it.
+impl From<EditError> for SlotError {
+    fn from(error: EditError) -> Self {
+        match error {
+            EditError::Refused(Refused { reason: Reason::UnknownSlot { id }, .. }) => {
+                Self::Layout(LayoutError::UnknownSlot { id })
+            }
+            EditError::Plan(PlanError::Layout(error)) => Self::Layout(error),
+            EditError::Locked(error) => Self::Locked(error),
+            EditError::Step { gfns, error } => Self::Step { gfns, error },
+            EditError::Kvm { slot, gfns, errno, .. } => Self::Kvm { slot, gfns, errno },
+            other => Self::Edit(Box::new(other)),
+        }
+    }
+}
 
 /// A slot to be added.
 #[derive(Debug, Clone)]
@@ -180,6 +197,9 @@ pub enum SlotError {
         /// The file.
         file: FileId,
     },
+    /// The edit was not carried out for another reason.
+    #[error(transparent)]
+    Edit(Box<EditError>),
     /// KVM refused a slot that should have been fine.
     #[error("set slot {slot:#x}, gfns {gfns}")]
     Kvm {
@@ -284,32 +304,19 @@ impl CvmMemory {
         Ok(slots.iter().map(|slot| slot.id).collect())
     }
 
-    /// Removes a slot. The state of its pages is remembered, and so are its file's pages; what deferred discards have
-    /// left there is freed first. Where a hole would be remembered as a device, its attribute is private until it is memory
-    /// again.
+    /// Removes a slot: an [edit](Self::edit) of that one deletion. The state of its pages is remembered, and so are its
+    /// file's pages, where the platform does not destroy them with their slot; what deferred discards have left there is
+    /// freed first, and a dirty log is harvested with every vCPU outside the guest.
     ///
-    /// The guest sees it go: keep every vCPU outside `KVM_RUN`, or know what it does without that memory.
+    /// The guest sees it go: keep its vCPUs away, or know what they do without that memory.
     ///
     /// # Errors
     /// [`SlotError`].
     pub fn remove_slot(&self, id: SlotId) -> Result<(), SlotError> {
-        let _editing = self.editing()?;
-        let current = self.converter.space().clone();
-        let mut next = Space::clone(&current);
-        let slot = next.remove(id)?;
-        let gfns = slot.gfns;
-        let _guard = self.converter.exclusive(gfns)?;
-        let step = |error| SlotError::Step { gfns, error };
-        self.converter.settle_locked(gfns).map_err(step)?;
-        self.converter.announce_locked(gfns, &current, false).map_err(step)?;
-        let sealed = if self.platform().hazards.holes_stick { self.converter.seal_locked(gfns) } else { Ok(()) };
-        if let Err(error) = sealed.map_err(step).and_then(|()| self.set_region(&slot, 0, None)) {
-            self.converter.unseal_locked(gfns).map_err(step)?;
-            self.converter.announce_locked(gfns, &current, true).map_err(step)?;
-            return Err(error);
-        }
-        self.converter.publish_space(next);
-        self.tell_edited();
+        let mut edit = self.edit();
+        edit.delete_slot(id)?;
+        self.converter.counters().naive.set_user_memory_region2.add(1);
+        edit.commit(&CommitOptions { lose_private: true, ..CommitOptions::default() })?;
         Ok(())
     }
 
@@ -378,9 +385,9 @@ struct Undo<'a> {
     memory: &'a CvmMemory,
     /// With the memory of the slots that were to be added.
     space: Space,
-    fresh: Vec<GfnRange>,
-    /// Holes whose attributes have been made the memory's.
+    /// What has been taken out of the state in which holes are.
     unsealed: Vec<GfnRange>,
+    fresh: Vec<GfnRange>,
     created: Vec<Memslot>,
     armed: bool,
 }

@@ -233,6 +233,8 @@ pub struct State {
     /// Pages that were dirty at any time.
     pub dirty: BTreeSet<u64>,
     seen: BTreeMap<u64, u64>,
+    /// Pages that the library says it has written.
+    told: BTreeSet<u64>,
     /// Pages that changed without a bit.
     pub lost: Vec<u64>,
     pub harvests: u64,
@@ -281,12 +283,17 @@ impl Harvest for Bits {
             bytes.copy_to(&mut value[..]);
             let value = u64::from_le_bytes(value);
             let before = state.seen.insert(offset, value).unwrap_or(0);
-            if is_dirty(page) {
+            if state.told.remove(&offset) || is_dirty(page) {
                 state.dirty.insert(offset);
             } else if before != value {
                 state.lost.push(offset);
             }
         }
         Ok(())
+    }
+
+    fn wrote(&self, memory: &SharedSlice, bytes: u64) {
+        let (first, end) = (memory.offset / PAGE, (memory.offset + bytes).div_ceil(PAGE));
+        self.state().told.extend(first..end);
     }
 }

@@ -5,8 +5,8 @@ use proptest::prelude::*;
 use proptest::sample::select;
 
 use super::{BORDER, PAGE, page};
-use crate::scenario::words::Entries;
 use crate::scenario::Operation;
+use crate::scenario::words::Entries;
 
 /// Entries for frames of the windows, most of which could be meant.
 fn entry() -> impl Strategy<Value = u64> {
@@ -62,7 +62,7 @@ fn vmgexit(vcpus: u8) -> impl Strategy<Value = Operation> {
 /// One request or acceptance.
 pub(super) fn asks(vcpus: u8) -> impl Strategy<Value = Operation> {
     let to = prop_oneof![12 => select(vec![1_u8, 2]), 1 => 0..16_u8];
-    let psc = (0..vcpus, page(), to, answer())
-        .prop_map(|(vcpu, gpa, to, answer)| Operation::Psc { vcpu, gpa, to, answer });
+    let psc =
+        (0..vcpus, page(), to, answer()).prop_map(|(vcpu, gpa, to, answer)| Operation::Psc { vcpu, gpa, to, answer });
     prop_oneof![12 => pvalidate(vcpus), 3 => psc, 3 => psc_page(vcpus), 1 => vmgexit(vcpus)]
 }

@@ -71,8 +71,7 @@ impl Vcpu for SoftVcpuOf {
     fn run(&mut self) -> Result<Exit<'_>, Errno> {
         // Lost guests are interrupted by another thread, which looks whether they get on.
         let (leave, machine) = (self.vcpu.immediate_exit(), &self.machine);
-        let (before, returned, lost) =
-            (machine.counters().denied, AtomicBool::new(false), AtomicBool::new(false));
+        let (before, returned, lost) = (machine.counters().denied, AtomicBool::new(false), AtomicBool::new(false));
         let vcpu = &mut self.vcpu;
         let result = std::thread::scope(|scope| {
             let watch = scope.spawn(|| {

@@ -139,9 +139,9 @@ fn run(args: &Args) -> Result<(), Failure> {
     let shared = SharedSlice { backing: ram.clone(), offset: 0 };
     let (id, flags) = (Some(SlotId::new(0)), SlotFlags::LOG_DIRTY);
     let slot = SlotSpec { id, gpa: GPA, size, shared, private: None, flags };
-    let memory = CvmMemory::builder().slot(slot).build(Arc::clone(&hypervisor))?;
-
-    let tracker = Tracker::new(hypervisor, choice.mechanism);
+    let tracker = Arc::new(Tracker::new(Arc::clone(&hypervisor), choice.mechanism));
+    // Should the layout be edited, the tracker follows.
+    let memory = CvmMemory::builder().slot(slot).harvest(tracker.clone()).build(hypervisor)?;
     let dirty = tracker.add_backing(ram.as_ref())?;
     let mut guests: Vec<Box<dyn Guest>> = (0..args.vcpus).map(|id| vm.guest(id)).collect();
     if let Mechanism::Ring { bytes, .. } = choice.mechanism {

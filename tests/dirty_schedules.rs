@@ -153,28 +153,47 @@ fn scenario(mechanism: Mechanism, edits: bool) {
     if let Mechanism::Ring { .. } = mechanism {
         world.write(&mut guests[0], 0..BEFORE);
     }
-    let mut copy = vec![0; usize::try_from(PAGES).unwrap()];
-    let mut threads = Vec::new();
-    for mut guest in guests {
+    // Whoever copies takes what is in the bitmap at any time, in the middle of a sync too.
+    let copier = thread::spawn({
         let world = Arc::clone(&world);
-        // The same pages, again and again, on either side of where slots are cut.
-        threads.push(thread::spawn(move || world.write(&mut guest, [200, 201, 250, 200, 250, 201])));
+        move || {
+            let mut copy = vec![0; usize::try_from(PAGES).unwrap()];
+            for _ in 0..10 {
+                world.copy(&mut copy);
+                thread::yield_now();
+            }
+            copy
+        }
+    });
+    let mut threads = Vec::new();
+    for (mut guest, own) in guests.into_iter().zip([192, 224]) {
+        let world = Arc::clone(&world);
+        // Pages that are written once, so that no later write makes up for a bit that was lost; and one that both write again and
+        // again. On either side of where slots are cut.
+        let pages = [own, own + 8, 221, own + 16, 221, own + 24, 221, own + 31, 221];
+        threads.push(thread::spawn(move || world.write(&mut guest, pages)));
     }
     if edits {
         let world = Arc::clone(&world);
         threads.push(thread::spawn(move || {
             let whole = [slot(&world.ram, 1, 0, PAGES)];
-            let parts = [slot(&world.ram, 2, 0, 201), slot(&world.ram, 1, 201, PAGES)];
-            world.edit(&whole, &parts);
-            world.edit(&parts, &whole);
+            let parts = [slot(&world.ram, 2, 0, 220), slot(&world.ram, 1, 220, PAGES)];
+            // Where there is something to lose.
+            let before = world.written.load(Ordering::Relaxed);
+            for (writes, old, new) in [(4, &whole[..], &parts[..]), (10, &parts[..], &whole[..])] {
+                while world.written.load(Ordering::Relaxed) < before + writes {
+                    thread::yield_now();
+                }
+                world.edit(old, new);
+            }
         }));
     }
     for _ in 0..3 {
         world.sync(Stage::Running);
-        world.copy(&mut copy);
         thread::yield_now();
     }
     threads.into_iter().for_each(|thread| thread.join().unwrap());
+    let mut copy = copier.join().unwrap();
     let report = world.sync(Stage::Last);
     assert_eq!((report.stray, report.overrun), (None, false));
     world.copy(&mut copy);

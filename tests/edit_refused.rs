@@ -183,6 +183,36 @@ fn memory_that_goes_is_sealed_where_holes_stick() {
     memory.write(Gpa(40 * PAGE), b"x").unwrap();
 }
 
+/// The same, slot by slot; and a slot that cannot be added leaves the hole as it was.
+#[test]
+fn a_slot_that_goes_is_sealed_until_it_is_back() {
+    let (vm, memory) = hazardous(Hazards { holes_stick: true, ..Hazards::NONE });
+    share(&memory, 0, 64);
+    let space = memory.space();
+    let slot = *space.layout().table().slots().next().unwrap();
+    let (file, pages) = slot.file_range().unwrap();
+    let spec = SlotSpec {
+        id: Some(slot.id),
+        gpa: 0,
+        size: slot.gfns.bytes(),
+        shared: space.shared(slot.id).unwrap().clone(),
+        private: Some((Arc::clone(space.file(file).unwrap()), pages.start())),
+        flags: SlotFlags::empty(),
+    };
+    memory.remove_slot(slot.id).unwrap();
+    assert_eq!(vm.inner().private_gfns(), [gfns(0, 64)]);
+    vm.fail_matching(|call| matches!(call, Call::SetUserMemoryRegion2(r) if r.memory_size != 0), Errno::ENOMEM);
+    memory.add_slots(vec![spec.clone()]).unwrap_err();
+    assert_eq!(vm.inner().private_gfns(), [gfns(0, 64)]);
+    memory.add_slots(vec![spec]).unwrap();
+    assert_eq!(vm.inner().private_gfns(), []);
+    // A slot that cannot be removed stays as it was.
+    vm.fail_matching(|call| matches!(call, Call::SetUserMemoryRegion2(r) if r.memory_size == 0), Errno::ENOMEM);
+    memory.remove_slot(slot.id).unwrap_err();
+    assert_eq!(vm.inner().private_gfns(), []);
+    memory.write(Gpa(0), b"x").unwrap();
+}
+
 #[test]
 fn nobody_waits_for_himself() {
     let (vm, memory, _) = plain_vm(64, SlotFlags::empty());

@@ -124,6 +124,14 @@ impl Backend {
             Self::Soft(_) | Self::Td(_) | Self::Kvm(_) => None,
         }
     }
+
+    /// How many pages have been put into that table so far.
+    pub fn assignments(&self) -> Option<u64> {
+        match self {
+            Self::Snp(snp) => snp.assignments(),
+            Self::Soft(_) | Self::Td(_) | Self::Kvm(_) => None,
+        }
+    }
 }
 
 /// A software-protected VM. What it offers is asked of the VM itself: `/dev/kvm` answers for VMs of the default type.

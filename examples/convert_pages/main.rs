@@ -75,12 +75,14 @@ fn run(args: &Args) -> Result<Report, Failure> {
         worker::crew(args, &Surroundings { backend: &backend, memory: &memory, ram: &ram, devices: &devices })?;
     let mut vcpus: Vec<&mut dyn Vcpu> = workers.iter_mut().map(|worker| worker.cpu.vcpu()).collect();
     backend.launch(&memory, &mut vcpus)?;
+    let mut table = rmp::Checks::default();
+    table.count(&backend);
     if args.prefault {
         let options = PrefaultOptions::default();
         memory.prefault(&memory.private_memory(), &mut vcpus, &options, &mut |_| ControlFlow::Continue(()))?;
     }
 
-    let mut table = rmp::Checks::default();
+    table.count(&backend);
     table.check(&mut workers, rmp::Phase::Launched { prefaulted: args.prefault });
 
     let bar = report::progress(args);
@@ -98,6 +100,7 @@ fn run(args: &Args) -> Result<Report, Failure> {
     table.check(&mut workers, rmp::Phase::Used);
     worker::check_common(&mut workers);
     table.check(&mut workers, rmp::Phase::AllUsed);
+    table.count(&backend);
     bar.finish_and_clear();
     Ok(Report::new(args, &backend, statistics, picture, &table, &workers, started.elapsed()))
 }

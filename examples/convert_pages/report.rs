@@ -100,6 +100,10 @@ struct ImplicitConversions {
 struct Table {
     phases: u64,
     pages: u64,
+    /// Pages that came into it by a prefault.
+    prefaulted: u64,
+    /// Pages that came into it when they were first used.
+    lazily: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -154,7 +158,10 @@ impl Report {
                 to_private: sum(|worker| worker.cpu.implicit.to_private),
                 to_shared: sum(|worker| worker.cpu.implicit.to_shared),
             },
-            table: (table.phases > 0).then_some(Table { phases: table.phases, pages: table.pages }),
+            table: (table.phases > 0).then(|| {
+                let (prefaulted, lazily) = table.assigned();
+                Table { phases: table.phases, pages: table.pages, prefaulted, lazily }
+            }),
             pages_verified: sum(|worker| worker.verified),
             stale_pages: sum(|worker| worker.stale),
             mismatches: sum(|worker| worker.mismatches),
@@ -214,7 +221,8 @@ impl Report {
         );
         let ImplicitConversions { to_private, to_shared } = self.implicit_conversions;
         line("conversions by faults", format_args!("{to_private} to private, {to_shared} to shared"));
-        if let Some(Table { phases, pages }) = &self.table {
+        if let Some(Table { phases, pages, prefaulted, lazily }) = &self.table {
+            line("pages into the rmp", format_args!("{prefaulted} prefaulted, {lazily} when used"));
             line("rmp", format_args!("as the record has it, {phases} times, {pages} pages"));
         }
         println!("{:<24}{:>12}{:>16}", "system calls", "issued", "page by page");

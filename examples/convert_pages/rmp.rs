@@ -9,7 +9,7 @@ use cvm_memory::addr::{GfnRange, merge_adjacent, subtract_lists};
 use cvm_memory::convert::State;
 
 use crate::args::Discard;
-use crate::backend::chain;
+use crate::backend::{Backend, chain};
 use crate::worker::{Surroundings, Worker};
 
 /// How far the guest is.
@@ -31,9 +31,24 @@ pub struct Checks {
     pub pages: u64,
     /// What was in it the last time.
     before: Vec<GfnRange>,
+    /// Pages that have been put into it so far: after the launch, after a prefault, at the end.
+    counts: Vec<u64>,
 }
 
 impl Checks {
+    /// Counts what has been put into the table.
+    pub fn count(&mut self, backend: &Backend) {
+        self.counts.extend(backend.assignments());
+    }
+
+    /// Pages that were put into the table by a prefault, and at their first use.
+    pub fn assigned(&self) -> (u64, u64) {
+        match self.counts[..] {
+            [launched, prefaulted, .., last] => (prefaulted - launched, last - prefaulted),
+            _ => (0, 0),
+        }
+    }
+
     /// Compares, if somebody can look at the table. While no vCPU runs.
     pub fn check(&mut self, workers: &mut [Worker<'_>], phase: Phase) {
         let own: Vec<GfnRange> = workers.iter().flat_map(|worker| worker.area.gfns().to_vec()).collect();

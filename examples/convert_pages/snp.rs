@@ -166,4 +166,16 @@ impl Snp {
             Host::Kvm { .. } => None,
         }
     }
+    /// How many pages have been put into the RMP so far, of the whole host.
+    pub fn assignments(&self) -> Option<u64> {
+        match &self.host {
+            Host::Soft(snp) => {
+                // Each update puts one in or takes one out.
+                let machine = snp.machine();
+                Some((machine.counters().rmpupdate + machine.assigned() as u64) / 2)
+            }
+            Host::Kvm { .. } if Emulation::is_here() => Some(Emulation::here()?.counter("rmpupdate_assign")),
+            Host::Kvm { .. } => None,
+        }
+    }
 }

@@ -17,10 +17,19 @@
 //! | [`soft`] | SNP on the software KVM |
 //!
 //! # What has run where
-//! The launch digest is held against digests that other programs compute for the same images. Launches were run on Linux 7.3's
-//! own KVM over emulated firmware and an emulated RMP (the repository's `tests/lab`), whose digests are the predicted ones; so
-//! were small guests, whose page state changes, acceptance and shared accesses came out as here. All else ran on the model.
-//! Nothing here has run on hardware with SEV-SNP.
+//! The launch digest is held against digests that other programs compute for the same images. On Linux 7.3's own KVM, over
+//! *emulated* firmware, RMP and processor (the repository's `tests/lab`), have run: launches, whose digests are the predicted
+//! ones; guests whose page state changes, acceptance and shared accesses came out as here; guests that convert pages with
+//! several vCPUs, the RMP held against the library's record; and vCPUs that a guest has started by itself, through edits of the
+//! layout. All else ran on the model. **Nothing here has run on hardware with SEV-SNP.** Who has some can check, in the
+//! repository:
+//!
+//! ```text
+//! cargo run --release --example launch -- --platform snp --backend kvm --firmware OVMF.fd --cpu EPYC-v4
+//! cargo run --release --example convert_pages -- --platform snp --backend kvm --vcpus 2
+//! ```
+//! The first prints the digest that the guest's attestation report must show; the second ends with status 0 if every byte was
+//! where it should be.
 #![cfg_attr(
     not(test),
     warn(

@@ -258,3 +258,39 @@ fn linux_boots() {
     drop((vcpus, memory, snp));
     assert_eq!(machine.assigned(), 0, "nothing is left after the VM");
 }
+
+/// A bounce buffer of 64 MiB that does not begin at a boundary of 2 MiB: entries of both sizes, in three buffers; each run of
+/// one size in a buffer is one exit.
+#[test]
+fn a_bounce_buffer_in_entries_of_both_sizes() {
+    const START: u64 = 16 * MIB + PAGE;
+    const SIZE: u64 = 64 * MIB;
+    let mut guests = launched(ram(160 * MIB).materialise(Materialise::Lazy), 1);
+    let guest = &mut guests.vcpus[0];
+    guest.set_up_ghcb(0x1000).unwrap();
+    guest.accept(START, SIZE / PAGE).unwrap();
+    guest.write(START + SIZE - 8, b"secret").unwrap();
+    let before = guest.counts();
+    guest.share(START, SIZE / PAGE).unwrap();
+    // 511 small pages up to the boundary, 31 large ones, and a small one: 253 and 253 entries, then 5, 31 and 1.
+    assert_eq!(guest.counts().converted - before.converted, 5);
+    assert_eq!(guest.counts().total() - before.total(), 5);
+    guest.write_shared(START + SIZE - 8, b"dma").unwrap();
+    let shared = GfnRange::from_bytes(START, SIZE).unwrap();
+    for (gfn, expected) in [
+        (shared.start().get() - 1, State::Private),
+        (shared.start().get(), State::Shared),
+        (shared.end().get() - 1, State::Shared),
+        (shared.end().get(), State::Private),
+    ] {
+        assert_eq!(guests.memory.state(Gfn::new(gfn).unwrap()), Some(expected), "gfn {gfn:#x}");
+    }
+    let left = guests.snp.rmp_by_gfn();
+    assert!(left.iter().all(|(gfns, _)| !gfns.overlaps(&shared)), "all of it was freed: {left:x?}");
+    // And back: nothing of before is to be seen.
+    let guest = &mut guests.vcpus[0];
+    guest.accept(START, SIZE / PAGE).unwrap();
+    assert_eq!(guest.counts().converted - before.converted, 10);
+    assert_eq!(guest.read(START + SIZE - 8, 8).unwrap(), [0; 8]);
+    assert_eq!(guests.snp.machine().counters().failed, 0);
+}

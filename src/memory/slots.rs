@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
-use crate::addr::{AddrError, FilePage, FileRange, Gfn, GfnRange, PAGE_SHIFT, PAGE_SIZE};
+use crate::addr::{AddrError, FilePage, FileRange, Gfn, GfnRange, PAGE_SHIFT, PAGE_SIZE, subtract_lists};
 use crate::backing::{SharedSlice, Space};
 use crate::convert::{LockError, Outcome, StepError};
 use crate::edit::{PlanError, Reason, Refused};
@@ -262,7 +262,9 @@ impl CvmMemory {
             armed: true,
         };
         for slot in slots.iter().filter(|_| hazards.holes_stick) {
-            undo.unsealed.push(slot.gfns);
+            let told: Vec<GfnRange> = self.converter.materialised().member_runs(slot.gfns).collect();
+            let own: Vec<GfnRange> = self.converter.declared().member_runs(slot.gfns).collect();
+            undo.unsealed.extend(subtract_lists(&told, &own));
             self.converter.unseal_locked(slot.gfns).map_err(|error| SlotError::Step { gfns: slot.gfns, error })?;
         }
         for slot in slots.iter().filter(|slot| next.is_convertible(slot)) {
@@ -414,9 +416,7 @@ impl Drop for Undo<'_> {
             }
         }
         for &gfns in &self.unsealed {
-            // What has never been memory is left as it is.
-            let was: Vec<GfnRange> = self.memory.known.member_runs(gfns).collect();
-            if let Err(error) = was.iter().try_for_each(|gfns| self.memory.converter.seal_locked(*gfns)) {
+            if let Err(error) = self.memory.converter.seal_locked(gfns) {
                 tracing::error!(%error, "a hole stays that the guest may take for a device");
             }
         }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use cvm_memory::memory::{Builder, CvmMemory};
 use cvm_memory_sev::commands::Init;
 use cvm_memory_sev::launch::{FinishOptions, Launch, StartOptions};
-use cvm_memory_sev::soft::{SnpGuest, SoftSnp};
+use cvm_memory_sev::soft::{Machine, SnpGuest, SoftSnp};
 use cvm_memory_sev::vmsa::{CpuSignature, SNP_ACTIVE, Vmsa};
 
 pub struct Guests {
@@ -17,7 +17,12 @@ pub struct Guests {
 
 /// A VM with this memory and so many vCPUs, launched.
 pub fn launched(builder: Builder, vcpus: u32) -> Guests {
-    let snp = Arc::new(SoftSnp::new());
+    launched_on(&Machine::new(), builder, vcpus)
+}
+
+/// The same on a machine that may have others.
+pub fn launched_on(machine: &Arc<Machine>, builder: Builder, vcpus: u32) -> Guests {
+    let snp = Arc::new(SoftSnp::on(machine));
     let launch = Launch::init(Arc::clone(&snp) as _, &Init::default()).unwrap();
     let memory = Arc::new(builder.build(Arc::new(snp.vm().clone())).unwrap());
     let mut guests: Vec<SnpGuest> = (0..vcpus).map(|_| SnpGuest::new(&snp, &memory)).collect();

@@ -7,7 +7,7 @@
 //! | offset | what |
 //! |---|---|
 //! | 0x00 | the number of the request, written last by the host |
-//! | 0x08 | what to do: see [`Do`] |
+//! | 0x08 | what to do |
 //! | 0x10 | RAX, RCX, RDX, RSI, RDI: operands |
 //! | 0x38 | the number of the request that is done |
 //! | 0x40 | RAX and carry afterwards |

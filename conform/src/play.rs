@@ -159,8 +159,12 @@ fn contents(scenario: &Scenario, shape: Shape) -> Vec<Operation> {
         // And what there is in private pages that the guest has accepted, once the attributes do not hide it.
         Kind::Snp => {
             operations.extend(runs.iter().map(dump(true)).chain(runs.iter().map(dump(false))));
-            let convert =
-                |(gpa, pages): &(u64, u64)| Operation::Attributes { gpa: *gpa, size: pages * PAGE, attributes: 8, flags: 0 };
+            let convert = |(gpa, pages): &(u64, u64)| Operation::Attributes {
+                gpa: *gpa,
+                size: pages * PAGE,
+                attributes: 8,
+                flags: 0,
+            };
             operations.extend(runs.iter().map(convert));
             operations.extend(runs.iter().map(dump(true)));
         }

@@ -25,11 +25,11 @@ use cvm_memory::hypervisor::{Cap, Hypervisor, PreFaultMemory};
 use cvm_memory::soft::SoftVm;
 use cvm_memory_sev::commands::{Init, LaunchFinish, LaunchStart, SnpCommands};
 use cvm_memory_sev::digest::VMSA_GPA;
+use cvm_memory_sev::ghcb::msr;
 use cvm_memory_sev::ghcb::page::{
     EXIT_CODE, EXIT_INFO_1, EXIT_INFO_2, EXIT_PSC, SCRATCH, SHARED_BUFFER, VALID_BITMAP, VERSION, valid_bit,
 };
 use cvm_memory_sev::ghcb::psc::Header;
-use cvm_memory_sev::ghcb::msr;
 use cvm_memory_sev::kvm::KvmSnp;
 use cvm_memory_sev::launch::Policy;
 use cvm_memory_sev::soft::SoftSnp;
@@ -100,8 +100,9 @@ impl Snp {
         let vcpus: Vec<_> = (0..shape.vcpus).map(|_| vm.create_vcpu()).collect();
         let own = start(&vm, &snp, shape.vcpus, 0);
         snp.launch_finish(&LaunchFinish::default()).expect("to finish the launch");
-        let vcpus = vcpus.into_iter().zip(own);
-        let vcpus = vcpus.map(|(vcpu, own)| Box::new(soft::SoftVcpuOf::new(&snp, vcpu, own)) as Box<dyn Vcpu>).collect();
+        let watch = soft::Watch::new(snp.machine());
+        let guest = |(vcpu, own)| Box::new(soft::SoftVcpuOf::new(vcpu, Arc::clone(&watch), own)) as Box<dyn Vcpu>;
+        let vcpus = vcpus.into_iter().zip(own).map(guest).collect();
         let live = Live::around("soft", shape, Arc::new(vm), Vec::new(), &SoftVm::tagged(), false);
         let snp = Arc::new(snp);
         Self { vcpus, live, side: Box::new(soft::SoftSide { snp: Arc::clone(&snp) }), _commands: snp }.ready()
@@ -204,11 +205,8 @@ impl Snp {
     }
 
     fn is_own(&self, gpa: u64) -> bool {
-        let own = |vcpu: &Box<dyn Vcpu>| {
-            let place = vcpu.own().place;
-            (place.gpa..place.gpa + place.size).contains(&gpa)
-        };
-        gpa == VMSA_GPA.get() || self.vcpus.iter().any(own)
+        let mut places = self.vcpus.iter().map(|vcpu| vcpu.own().place);
+        gpa == VMSA_GPA.get() || places.any(|place| (place.gpa..place.gpa + place.size).contains(&gpa))
     }
 }
 
@@ -293,4 +291,3 @@ impl Offer {
         Some(Self { kvm, cpuid, shape: Shape { kind: Kind::Snp, vcpus: 1, physical_bits } })
     }
 }
-

@@ -11,8 +11,8 @@ use cvm_memory::hypervisor::{Hypervisor, MEMORY_ATTRIBUTE_PRIVATE, MemoryAttribu
 use cvm_memory_sev::commands::{LaunchUpdate, SnpCommands, Source};
 use cvm_memory_sev::digest::PageType;
 use cvm_memory_sev::page::Page;
-use cvm_memory_testkit::kvm_guest::OwnMemory;
 use cvm_memory_testkit::KvmGuest;
+use cvm_memory_testkit::kvm_guest::OwnMemory;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use nix::sys::uio::{pread, pwrite};
@@ -78,11 +78,9 @@ impl Own {
 
     fn launch(&self, vm: &dyn Hypervisor, commands: &dyn SnpCommands, gpa: u64, pages: &[Page]) {
         let len = pages.len() as u64 * PAGE;
-        let attributes =
-            MemoryAttributes { address: gpa, size: len, attributes: MEMORY_ATTRIBUTE_PRIVATE, flags: 0 };
+        let attributes = MemoryAttributes { address: gpa, size: len, attributes: MEMORY_ATTRIBUTE_PRIVATE, flags: 0 };
         vm.set_memory_attributes(&attributes).expect("private memory");
-        let mut update =
-            LaunchUpdate { gfn_start: gpa / PAGE, len, page_type: PageType::Normal.raw(), flags: 0 };
+        let mut update = LaunchUpdate { gfn_start: gpa / PAGE, len, page_type: PageType::Normal.raw(), flags: 0 };
         commands.launch_update(&mut update, Source::Pages(pages)).expect("to launch a guest's own pages");
         assert_eq!(update.len, 0, "all of them");
     }

@@ -39,6 +39,17 @@ pub fn kvm(offer: &Offer, scenario: &Scenario, tally: &mut Tally) -> Result<Play
     play(scenario, shape, &mut [&mut kvm, &mut soft, &mut reference], &offer.known, &mut count)
 }
 
+/// The model of SNP, twice: one is held to the rules of an RMP.
+///
+/// # Errors
+/// The first difference.
+pub fn snp_soft(shape: Shape, scenario: &Scenario, tally: &mut Tally) -> Result<Played, Box<Difference>> {
+    let (mut ruled, mut soft) = (snp::Ruled(Snp::soft(shape)), Snp::soft(shape));
+    play(scenario, shape, &mut [&mut ruled, &mut soft], &Differences::default(), |operation, seen| {
+        tally.count(&operation.to_string(), &seen.to_string());
+    })
+}
+
 /// KVM's own SNP code in the lab against the model.
 ///
 /// # Errors

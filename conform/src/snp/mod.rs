@@ -14,6 +14,7 @@ mod code;
 mod emulation;
 mod kvm;
 mod own;
+mod rules;
 mod soft;
 mod vcpu;
 
@@ -43,6 +44,7 @@ use crate::machine::{Machine, Shape};
 use crate::observation::{End, Observation};
 use crate::scenario::{Kind, Operation};
 use own::Own;
+pub use rules::Ruled;
 use vcpu::{Do, Vcpu, perform};
 
 const PAGE: u64 = 4096;
@@ -204,6 +206,13 @@ impl Snp {
         Observation::Guest { seen, end: End::Words(words) }
     }
 
+    /// The guest's entries of the RMP, but for those of its own memory.
+    fn entries(&self) -> Vec<Entry> {
+        let mut entries: Vec<Entry> = self.side.rmp().into_iter().filter(|entry| !self.is_own(entry.gpa)).collect();
+        entries.sort();
+        entries
+    }
+
     fn is_own(&self, gpa: u64) -> bool {
         let mut places = self.vcpus.iter().map(|vcpu| vcpu.own().place);
         gpa == VMSA_GPA.get() || places.any(|place| (place.gpa..place.gpa + place.size).contains(&gpa))
@@ -251,10 +260,8 @@ impl Machine for Snp {
         }
     }
 
-    /// The guest's entries of the RMP, but for those of its own memory.
     fn state(&mut self) -> Option<String> {
-        let mut entries: Vec<Entry> = self.side.rmp().into_iter().filter(|entry| !self.is_own(entry.gpa)).collect();
-        entries.sort();
+        let entries = self.entries();
         let follows = |a: &Entry, b: &Entry| a.gpa + PAGE == b.gpa && a.state == b.state && a.vmsa == b.vmsa;
         let run = |run: &[Entry]| {
             let Entry { gpa, state, vmsa } = &run[0];

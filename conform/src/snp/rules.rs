@@ -72,7 +72,9 @@ fn broken(operation: &Operation, seen: &Observation, before: &[Entry], after: &[
             }
             match seen {
                 Observation::Guest { end: End::Answer(0), .. } => {
-                    (large || !has(after)).then_some("it was said to be done")
+                    // What is not assigned is not accepted either: there was nothing to take back.
+                    let was = has(before) || (!validate && !before.iter().any(|entry| entry.gpa == page));
+                    (large || was || !has(after)).then_some("it was said to be done")
                 }
                 Observation::Guest { end: End::Answer(NO_UPDATE), .. } => {
                     // It may have been assigned by the way.

@@ -51,6 +51,9 @@ pub const FOUND: &[Entry] = chapter!("found":
     "mmio-until-a-slot-changes"
 );
 
+/// The same of the model of SNP and KVM's own SNP code.
+pub const SNP: &[Entry] = chapter!("snp": "found");
+
 /// Scenarios of what KVM and its files do: every operation is one call or one access.
 pub const KVM: &[Entry] = chapter!("kvm":
     "c01-c02-c04-conversion"

@@ -81,6 +81,8 @@ fn platform(shape: Shape, operation: &Operation) -> Option<&'static str> {
         Operation::Pvalidate { gpa, large: true, .. } if !gpa.is_multiple_of(512 * PAGE) => {
             Some("the emulation does not do as the processor does")
         }
+        // `WARN_ON_ONCE()`, at the request after it.
+        Operation::PscPage { answer, .. } if ![0, 11, 22].contains(&answer) => Some("KVM complains of such an answer"),
         Operation::PscPage { ref entries, .. } if entries.0.len() > 253 => Some("too many entries"),
         Operation::Vmgexit { value, .. } if matches!(value & 0xfff, 0 | 0x002 | 0x004 | 0x006) => {
             Some("a request that is not about memory, or another page")

@@ -16,7 +16,7 @@ use cvm_memory_conform::live::kvm::Offer;
 use cvm_memory_conform::machine::Shape;
 use cvm_memory_conform::run::{Failure, Plan, Play, Tally, run};
 use cvm_memory_conform::scenario::Kind;
-use cvm_memory_conform::{Scenario, suite};
+use cvm_memory_conform::{Scenario, snp, suite};
 use indicatif::{ProgressBar, ProgressStyle};
 
 /// Plays scenarios on several machines and says where they differ.
@@ -64,6 +64,8 @@ enum KindChoice {
     Protected,
     /// Accesses carry their privacy; against the interpreter only.
     Tagged,
+    /// SEV-SNP: the model by its rules, or against KVM's own SNP code in the lab.
+    Snp,
 }
 
 impl From<KindChoice> for Kind {
@@ -72,6 +74,7 @@ impl From<KindChoice> for Kind {
             KindChoice::Default => Self::Default,
             KindChoice::Protected => Self::Protected,
             KindChoice::Tagged => Self::Tagged,
+            KindChoice::Snp => Self::Snp,
         }
     }
 }
@@ -82,6 +85,18 @@ const PHYSICAL_BITS: u32 = 40;
 /// Who plays scenarios of one kind; `None` if there is no such KVM, which has been said then.
 fn with_players<T>(args: &Args, kind: Kind, use_them: impl FnOnce(Shape, &Play<'_>) -> T) -> Option<T> {
     match args.against {
+        Against::Reference if kind == Kind::Snp => {
+            let shape = Shape { kind, vcpus: args.vcpus, physical_bits: PHYSICAL_BITS };
+            let play = |scenario: &Scenario, tally: &mut Tally| {
+                suite::snp_soft(Shape { vcpus: scenario.vcpus, ..shape }, scenario, tally)
+            };
+            Some(use_them(shape, &play))
+        }
+        Against::Kvm if kind == Kind::Snp => {
+            let offer = snp::Offer::here()?;
+            let shape = Shape { vcpus: args.vcpus, ..offer.shape };
+            Some(use_them(shape, &|scenario: &Scenario, tally: &mut Tally| suite::snp_kvm(&offer, scenario, tally)))
+        }
         Against::Reference => {
             let shape = Shape { kind, vcpus: args.vcpus, physical_bits: PHYSICAL_BITS };
             let play = |scenario: &Scenario, tally: &mut Tally| {
@@ -102,7 +117,8 @@ fn random(args: &Args, kind: Kind) -> Option<Result<Tally, Box<Failure>>> {
         seed: args.seed,
         scenarios: if args.seconds.is_some() { u64::MAX } else { args.scenarios },
         time: args.seconds.map(Duration::from_secs),
-        threads: std::thread::available_parallelism().map_or(1, Into::into),
+        // What the lab's emulation counts it counts for the whole machine.
+        threads: if kind == Kind::Snp { 1 } else { std::thread::available_parallelism().map_or(1, Into::into) },
     };
     let watched = !args.json && std::io::stderr().is_terminal();
     let bar = if !watched {

@@ -39,22 +39,19 @@ const PUNCH_HOLE: u32 = 3;
 /// Scenarios for machines of that shape.
 pub fn scenario(shape: Shape) -> impl Strategy<Value = Scenario> {
     let Shape { kind, vcpus, .. } = shape;
-    let files = vec(usual_file(kind), 0..=5);
-    let slots = vec(prop_oneof![2 => gmem_slot(kind), 1 => plain_slot()], 0..=6);
-    // What is private at first can be accepted and used from the beginning.
-    let private = (any::<u8>(), 0..WINDOW_PAGES).prop_map(move |(any, pages)| {
-        let there = kind == Kind::Snp && any >= 64 && pages > 0;
-        there.then_some(Operation::Attributes { gpa: WINDOW, size: pages * PAGE, attributes: 8, flags: 0 })
-    });
+    let few = if kind == Kind::Snp { 2 } else { 6 };
+    let files = vec(usual_file(kind), 0..few);
+    let slots = vec(prop_oneof![2 => gmem_slot(kind), 1 => plain_slot()], 0..=few);
+    let world = snp::world(kind);
     // Most operations are about something that is there.
     let aim = prop_oneof![1 => Just(None), 3 => any::<u8>().prop_map(Some)];
     let rest = vec((operation(shape), aim), 1..100);
-    (files, slots, private, rest).prop_map(move |(files, slots, private, rest)| {
+    (world, files, slots, rest).prop_map(move |(world, files, slots, rest)| {
         let mut there = There::default();
-        let first = files.into_iter().chain(slots).chain(private).map(|operation| (operation, None));
+        let first = world.into_iter().chain(files).chain(slots).map(|operation| (operation, None));
         let steps = first.chain(rest).map(|(mut operation, aim)| {
             if let Some(aim) = aim {
-                there.aim(&mut operation, usize::from(aim));
+                there.aim(kind, &mut operation, usize::from(aim));
             }
             there.note(&operation);
             operation.into()
@@ -69,6 +66,8 @@ struct There {
     files: Vec<File>,
     /// Id, address, size.
     slots: Vec<(u32, u64, u64)>,
+    /// Of those, the ids of some that have a file.
+    with_file: Vec<u32>,
 }
 
 impl There {
@@ -90,6 +89,8 @@ impl There {
                 };
                 if usable && !self.slots.iter().any(overlaps) {
                     self.slots.push((slot, gpa, size));
+                    self.with_file.retain(|other| *other != slot);
+                    self.with_file.extend((flags & GUEST_MEMFD != 0).then_some(slot));
                 }
             }
             _ => {}
@@ -97,7 +98,7 @@ impl There {
     }
 
     /// Moves an operation to a file, or to a slot or the page behind it.
-    fn aim(&self, operation: &mut Operation, at: usize) {
+    fn aim(&self, kind: Kind, operation: &mut Operation, at: usize) {
         match operation {
             Operation::Fallocate { file, .. } | Operation::Map { file } | Operation::Close { file } => {
                 if let Some(there) = self.files.get(at % self.files.len().max(1)) {
@@ -119,7 +120,11 @@ impl There {
             | Operation::Pvalidate { gpa, large: false, .. }
             | Operation::Psc { gpa, .. }
             | Operation::MapGpaRange { gpa, .. } => {
-                if let Some((_, start, size)) = self.slots.get(at % self.slots.len().max(1))
+                // SNP guests accept only what is in files.
+                let accepted = self.slots.iter().filter(|slot| self.with_file.contains(&slot.0)).collect::<Vec<_>>();
+                let all = self.slots.iter().collect();
+                let slots: Vec<_> = if kind == Kind::Snp && !accepted.is_empty() { accepted } else { all };
+                if let Some((_, start, size)) = slots.get(at % slots.len().max(1))
                     && *size <= 512 * PAGE
                 {
                     *gpa = start.wrapping_add(*gpa / PAGE % (*size / PAGE + 1) * PAGE).wrapping_add(*gpa % PAGE);
@@ -137,18 +142,18 @@ fn operation(shape: Shape) -> BoxedStrategy<Operation> {
         physical_bits = physical_bits.min(guard::SNP_GUEST_BITS);
     }
     let asks = if kind == Kind::Snp { snp::asks(vcpus).boxed() } else { map_gpa_range(vcpus).boxed() };
-    let asks_weight = if kind == Kind::Snp { 20 } else { 2 };
+    let (asks_weight, slots_weight) = if kind == Kind::Snp { (24, 1) } else { (2, 4) };
     let attributes_weight = if kind == Kind::Default { 1 } else { 8 };
     prop_oneof![
         2 => usual_file(kind),
         1 => any_file(),
         1 => file().prop_map(|file| Operation::Close { file }),
         2 => file().prop_map(|file| Operation::Map { file }),
-        4 => plain_slot(),
-        5 => gmem_slot(kind),
+        slots_weight => plain_slot(),
+        slots_weight + 1 => gmem_slot(kind),
         3 => (0..SLOTS).prop_map(Operation::delete),
         2 => any_slot(physical_bits),
-        attributes_weight => attributes(),
+        attributes_weight => attributes(kind),
         6 => fallocate(),
         1 => enable_cap(),
         3 => prefault(vcpus),
@@ -157,8 +162,8 @@ fn operation(shape: Shape) -> BoxedStrategy<Operation> {
             .prop_map(|(at, len, byte)| Operation::HostFill { at, len, byte }),
         3 => slot_id().prop_map(|slot| Operation::GetDirty { slot }),
         2 => clear_dirty(),
-        10 => load(vcpus, physical_bits),
-        12 => store(vcpus, physical_bits),
+        10 => load(kind, vcpus, physical_bits),
+        12 => store(kind, vcpus, physical_bits),
         2 => (0..vcpus, address(physical_bits), any::<bool>())
             .prop_map(move |(vcpu, gpa, private)| Operation::Fetch { vcpu, gpa, private: private || kind == Kind::Snp }),
         1 => (0..vcpus, page(), 1..=4_u64, any::<bool>())
@@ -347,8 +352,9 @@ fn any_slot(physical_bits: u32) -> impl Strategy<Value = Operation> {
     )
 }
 
-fn attributes() -> impl Strategy<Value = Operation> {
-    let usual = (page(), size(), select(vec![0, 8, 8]));
+fn attributes(kind: Kind) -> impl Strategy<Value = Operation> {
+    let private = if kind == Kind::Snp { vec![0, 8, 8, 8, 8, 8, 8] } else { vec![0, 8, 8] };
+    let usual = (page(), size(), select(private));
     let large =
         (select(vec![WINDOW, BORDER - 512 * PAGE, BORDER]), select(vec![512 * PAGE, 1024 * PAGE]), select(vec![0, 8]));
     let odd = (
@@ -417,13 +423,17 @@ fn prefault(vcpus: u8) -> impl Strategy<Value = Operation> {
     (0..vcpus, range).prop_map(|(vcpu, (gpa, size, flags))| Operation::Prefault { vcpu, gpa, size, flags })
 }
 
-fn load(vcpus: u8, physical_bits: u32) -> impl Strategy<Value = Operation> {
-    (0..vcpus, address(physical_bits), select(vec![1, 2, 4, 8]), any::<bool>())
+fn private(kind: Kind) -> impl Strategy<Value = bool> {
+    select(if kind == Kind::Snp { vec![true, true, true, false] } else { vec![true, false] })
+}
+
+fn load(kind: Kind, vcpus: u8, physical_bits: u32) -> impl Strategy<Value = Operation> {
+    (0..vcpus, address(physical_bits), select(vec![1, 2, 4, 8]), private(kind))
         .prop_map(|(vcpu, gpa, len, private)| Operation::Load { vcpu, gpa, len, private })
 }
 
-fn store(vcpus: u8, physical_bits: u32) -> impl Strategy<Value = Operation> {
-    (0..vcpus, address(physical_bits), select(vec![1, 2, 4, 8]), any::<u64>(), any::<bool>())
+fn store(kind: Kind, vcpus: u8, physical_bits: u32) -> impl Strategy<Value = Operation> {
+    (0..vcpus, address(physical_bits), select(vec![1, 2, 4, 8]), any::<u64>(), private(kind))
         .prop_map(|(vcpu, gpa, len, value, private)| Operation::Store { vcpu, gpa, len, value, private })
 }
 

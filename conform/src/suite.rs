@@ -1,5 +1,9 @@
 //! Who is compared with whom.
 
+use std::sync::atomic::Ordering;
+
+use cvm_memory_testkit::kvm_guest::{SPURIOUS, is_emulated};
+
 use crate::differences::{Differences, Known};
 use crate::live::Live;
 use crate::live::kvm::Offer;
@@ -39,14 +43,38 @@ pub fn kvm(offer: &Offer, scenario: &Scenario, tally: &mut Tally) -> Result<Play
     play(scenario, shape, &mut [&mut kvm, &mut soft, &mut reference], &offer.known, &mut count)
 }
 
-/// KVM's own SNP code in the lab against the model.
+/// The model of SNP, twice: one is held to the rules of an RMP.
+///
+/// # Errors
+/// The first difference.
+pub fn snp_soft(shape: Shape, scenario: &Scenario, tally: &mut Tally) -> Result<Played, Box<Difference>> {
+    let (mut ruled, mut soft) = (snp::Ruled(Snp::soft(shape)), Snp::soft(shape));
+    play(scenario, shape, &mut [&mut ruled, &mut soft], &Differences::default(), |operation, seen| {
+        tally.count(&operation.to_string(), &seen.to_string());
+    })
+}
+
+/// KVM's own SNP code in the lab against the model. A guest that an exception of the emulated processor has led astray cannot be
+/// set right, as nobody has its registers: such a scenario is played again.
 ///
 /// # Errors
 /// The first difference.
 pub fn snp_kvm(offer: &snp::Offer, scenario: &Scenario, tally: &mut Tally) -> Result<Played, Box<Difference>> {
     let shape = Shape { vcpus: scenario.vcpus, ..offer.shape };
-    let (mut kvm, mut soft) = (Snp::kvm(offer, shape.vcpus), Snp::soft(shape));
-    play(scenario, shape, &mut [&mut kvm, &mut soft], &Differences::default(), |operation, seen| {
-        tally.count(&operation.to_string(), &seen.to_string());
-    })
+    let mut left = 2;
+    loop {
+        let (mut kvm, mut soft) = (Snp::kvm(offer, shape.vcpus), Snp::soft(shape));
+        let mut counts = Vec::new();
+        let each = |operation: &Operation, seen: &Observation| counts.push((operation.to_string(), seen.to_string()));
+        match play(scenario, shape, &mut [&mut kvm, &mut soft], &Differences::default(), each) {
+            Err(difference) if left > 0 && is_emulated() && snp::is_astray(&difference) => {
+                SPURIOUS.fetch_add(1, Ordering::Relaxed);
+                left -= 1;
+            }
+            outcome => {
+                counts.iter().for_each(|(operation, seen)| tally.count(operation, seen));
+                return outcome;
+            }
+        }
+    }
 }

@@ -4,8 +4,9 @@
 use std::time::Instant;
 
 use cvm_memory_conform::machine::Shape;
-use cvm_memory_conform::run::{Plan, Play, run};
-use cvm_memory_conform::{snp, suite};
+use cvm_memory_conform::run::{Plan, Play, Tally, run};
+use cvm_memory_conform::scenario::Kind;
+use cvm_memory_conform::{book, snp, suite};
 
 fn random(name: &str, shape: Shape, scenarios: u64, play: &Play<'_>) {
     // In the lab what is counted is counted for the whole machine: one guest at a time.
@@ -22,6 +23,36 @@ fn random(name: &str, shape: Shape, scenarios: u64, play: &Play<'_>) {
         }
         Err(failure) => panic!("{name}: {failure}"),
     }
+}
+
+fn known(play: &Play<'_>) {
+    let mut failed = String::new();
+    for (name, scenario) in book::SNP.iter().flat_map(book::Entry::scenarios) {
+        if let Err(difference) = play(&scenario, &mut Tally::default()) {
+            failed += &format!("{name}: {difference}\n");
+        }
+    }
+    assert!(failed.is_empty(), "\n{failed}");
+}
+
+const fn soft_shape(vcpus: u8) -> Shape {
+    Shape { kind: Kind::Snp, vcpus, physical_bits: 40 }
+}
+
+#[test]
+fn soft() {
+    random("soft", soft_shape(2), 150, &|scenario, tally| suite::snp_soft(soft_shape(2), scenario, tally));
+}
+
+#[test]
+fn known_on_soft() {
+    known(&|scenario, tally| suite::snp_soft(soft_shape(scenario.vcpus), scenario, tally));
+}
+
+#[test]
+fn known_on_kvm() {
+    let Some(offer) = snp::Offer::here() else { return };
+    known(&|scenario, tally| suite::snp_kvm(&offer, scenario, tally));
 }
 
 #[test]

@@ -53,7 +53,8 @@ pub struct Access {
 /// Why the hardware of a platform would not carry out an access, although KVM has mapped the page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Denied {
-    /// The vCPU faults, KVM finds nothing to do, and the guest faults again: it spins, interruptible.
+    /// The vCPU faults. KVM looks whether the page is to be accessed otherwise, which is an exit; if not it finds nothing to
+    /// do, and the guest faults again: it spins, interruptible.
     Spin,
     /// The guest gets an exception and deals with it alone.
     Exception,
@@ -239,10 +240,10 @@ pub trait Arch: fmt::Debug + Send + Sync {
         false
     }
 
-    /// Whether a shared read goes through a mapping of private memory, of which KVM then does not hear. What it finds is
-    /// [`check_access`](Self::check_access)'s affair.
-    fn shared_reads_pass(&self) -> bool {
-        false
+    /// Whether the hardware compares an access with what the page is mapped as, private or shared, and faults if that differs.
+    /// Where it does not, every mapping serves both, and [`check_access`](Self::check_access) is all there is.
+    fn mappings_have_privacy(&self) -> bool {
+        true
     }
 
     /// Whether userspace may answer a MAP_GPA_RANGE hypercall with `ret`; if not, `KVM_RUN` fails with `EINVAL`. KVM passes

@@ -91,18 +91,26 @@ enum Found<'a> {
 
 /// The MMU at one moment, for an instruction of the platform.
 #[derive(Debug)]
-pub(super) struct View<'a>(pub(super) &'a Mmu);
+pub(super) struct View<'a> {
+    pub(super) mmu: &'a Mmu,
+    /// [`Arch::mappings_have_privacy`](super::arch::Arch::mappings_have_privacy)
+    pub(super) privacy: bool,
+}
 
 impl View<'_> {
     fn mapped(&self, gfn: Gfn, private: bool) -> Option<&Spte> {
-        let spte = self.0.lookup(private, gfn)?;
+        let spte = self.mmu.lookup(private, gfn)?;
         (spte.private == private && !matches!(spte.target, Target::Mmio(_))).then_some(spte)
     }
 }
 
 impl GuestView for View<'_> {
     fn gmem_page(&self, gfn: Gfn, private: bool) -> Option<GmemPage> {
-        self.mapped(gfn, private)?.target.gmem_page()
+        if self.privacy {
+            self.mapped(gfn, private)?.target.gmem_page()
+        } else {
+            self.mmu.lookup(private, gfn)?.target.gmem_page()
+        }
     }
 
     fn is_mapped(&self, gfn: Gfn, private: bool) -> bool {
@@ -177,8 +185,8 @@ impl Vm {
             });
         }
         let private = self.arch().access_is_private(requested, spte.private);
-        let shared_read = !private && kind == AccessKind::Read && self.arch().shared_reads_pass();
-        if !spte.allows(if shared_read { spte.private } else { private }, kind) {
+        let as_mapped = if self.arch().mappings_have_privacy() { private } else { spte.private };
+        if !spte.allows(as_mapped, kind) {
             return Err(Walk::Fault(Missing::Plain));
         }
         let access = Access { gfn, kind, private, page: spte.target.gmem_page() };

@@ -303,9 +303,10 @@ impl SoftVcpu {
                 Walk::Failed(errno) => return Err(errno),
                 Walk::Denied(Denied::Exception) => return Ok(Ok(Piece::Exception)),
                 Walk::Denied(Denied::KillVm) => self.vm.kill(),
-                // Noise is for reads: a write that gets it never comes to pass.
-                Walk::Denied(Denied::Spin | Denied::Noise(_)) => yield_now(),
-                Walk::Fault(missing) => {
+                walk @ (Walk::Fault(_) | Walk::Denied(Denied::Spin | Denied::Noise(_))) => {
+                    // What the platform denies is a fault to KVM too, which looks at it like at any other.
+                    let missing = if let Walk::Fault(missing) = walk { missing } else { Missing::Plain };
+                    yield_now();
                     let Some((gfn, _, data)) = pieces.get(index) else { return Err(Errno::EIO) };
                     match self.fault(*gfn, data.kind(), private, missing)? {
                         // It goes into the guest again, to repeat the access, if there is room for another page.
@@ -433,7 +434,10 @@ impl SoftVcpu {
         let instruction = running.instruction(self.index, nr, args, map_gpa_exits);
         running.round = running.round.saturating_add(1);
         running.answer = None;
-        let step = self.vm.arch().instruction(&View(&self.vm.mmu()), &instruction);
+        let step = {
+            let arch = self.vm.arch();
+            arch.instruction(&View { mmu: &self.vm.mmu(), privacy: arch.mappings_have_privacy() }, &instruction)
+        };
         match step {
             Step::Done(value) => self.finish(OpResult::Instruction(value)),
             Step::Exception => self.finish(OpResult::Exception),

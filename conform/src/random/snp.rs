@@ -4,9 +4,38 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::select;
 
-use super::{BORDER, PAGE, page};
-use crate::scenario::Operation;
-use crate::scenario::words::Entries;
+use super::{BORDER, BORDER_PAGES, FILE_PAGES, GUEST_MEMFD, PAGE, WINDOW, page, usual_hva};
+use crate::scenario::{Descriptor, Entries, File, Kind, Operation};
+
+/// What is there to begin with, mostly: both windows in one file, private.
+pub(super) fn world(kind: Kind) -> impl Strategy<Value = Vec<Operation>> {
+    (0..16_u8, 3..=8_u64, any::<bool>()).prop_map(move |(any, pages, other)| {
+        if kind != Kind::Snp || any == 0 {
+            return Vec::new();
+        }
+        let file = File(0);
+        let slot = |slot, gpa, pages, first| Operation::Region {
+            slot,
+            flags: GUEST_MEMFD,
+            gpa,
+            size: pages * PAGE,
+            hva: usual_hva(slot),
+            file: Descriptor::File(file),
+            offset: first * PAGE,
+        };
+        let private = |gpa, pages| Operation::Attributes { gpa, size: pages * PAGE, attributes: 8, flags: 0 };
+        let border = BORDER - BORDER_PAGES * PAGE;
+        let mut all = vec![
+            Operation::Create { file, size: FILE_PAGES * PAGE, flags: 0 },
+            slot(1, WINDOW, pages, 0),
+            private(WINDOW, 8),
+        ];
+        if other {
+            all.extend([slot(2, border, 2 * BORDER_PAGES, 8), private(border, 2 * BORDER_PAGES)]);
+        }
+        all
+    })
+}
 
 /// Entries for frames of the windows, most of which could be meant.
 fn entry() -> impl Strategy<Value = u64> {
@@ -33,7 +62,7 @@ fn entries() -> impl Strategy<Value = Vec<u64>> {
 }
 
 fn answer() -> impl Strategy<Value = u64> {
-    select(vec![0, 0, 0, 0, 0, 11, 22, 5])
+    select(vec![0, 0, 0, 0, 0, 11, 22])
 }
 
 fn psc_page(vcpus: u8) -> impl Strategy<Value = Operation> {
@@ -64,5 +93,5 @@ pub(super) fn asks(vcpus: u8) -> impl Strategy<Value = Operation> {
     let to = prop_oneof![12 => select(vec![1_u8, 2]), 1 => 0..16_u8];
     let psc =
         (0..vcpus, page(), to, answer()).prop_map(|(vcpu, gpa, to, answer)| Operation::Psc { vcpu, gpa, to, answer });
-    prop_oneof![12 => pvalidate(vcpus), 3 => psc, 3 => psc_page(vcpus), 1 => vmgexit(vcpus)]
+    prop_oneof![16 => pvalidate(vcpus), 3 => psc, 3 => psc_page(vcpus), 1 => vmgexit(vcpus)]
 }

@@ -14,6 +14,7 @@ mod code;
 mod emulation;
 mod kvm;
 mod own;
+mod rules;
 mod soft;
 mod vcpu;
 
@@ -41,8 +42,10 @@ use crate::guard;
 use crate::live::Live;
 use crate::machine::{Machine, Shape};
 use crate::observation::{End, Observation};
+use crate::play::Difference;
 use crate::scenario::{Kind, Operation};
 use own::Own;
+pub use rules::Ruled;
 use vcpu::{Do, Vcpu, perform};
 
 const PAGE: u64 = 4096;
@@ -100,9 +103,9 @@ impl Snp {
         let vcpus: Vec<_> = (0..shape.vcpus).map(|_| vm.create_vcpu()).collect();
         let own = start(&vm, &snp, shape.vcpus, 0);
         snp.launch_finish(&LaunchFinish::default()).expect("to finish the launch");
-        let vcpus = vcpus.into_iter().zip(own);
-        let vcpus =
-            vcpus.map(|(vcpu, own)| Box::new(soft::SoftVcpuOf::new(&snp, vcpu, own)) as Box<dyn Vcpu>).collect();
+        let watch = soft::Watch::new(snp.machine());
+        let guest = |(vcpu, own)| Box::new(soft::SoftVcpuOf::new(vcpu, Arc::clone(&watch), own)) as Box<dyn Vcpu>;
+        let vcpus = vcpus.into_iter().zip(own).map(guest).collect();
         let live = Live::around("soft", shape, Arc::new(vm), Vec::new(), &SoftVm::tagged(), false);
         let snp = Arc::new(snp);
         Self { vcpus, live, side: Box::new(soft::SoftSide { snp: Arc::clone(&snp) }), _commands: snp }.ready()
@@ -204,12 +207,16 @@ impl Snp {
         Observation::Guest { seen, end: End::Words(words) }
     }
 
+    /// The guest's entries of the RMP, but for those of its own memory.
+    fn entries(&self) -> Vec<Entry> {
+        let mut entries: Vec<Entry> = self.side.rmp().into_iter().filter(|entry| !self.is_own(entry.gpa)).collect();
+        entries.sort();
+        entries
+    }
+
     fn is_own(&self, gpa: u64) -> bool {
-        let own = |vcpu: &Box<dyn Vcpu>| {
-            let place = vcpu.own().place;
-            (place.gpa..place.gpa + place.size).contains(&gpa)
-        };
-        gpa == VMSA_GPA.get() || self.vcpus.iter().any(own)
+        let mut places = self.vcpus.iter().map(|vcpu| vcpu.own().place);
+        gpa == VMSA_GPA.get() || places.any(|place| (place.gpa..place.gpa + place.size).contains(&gpa))
     }
 }
 
@@ -254,10 +261,8 @@ impl Machine for Snp {
         }
     }
 
-    /// The guest's entries of the RMP, but for those of its own memory.
     fn state(&mut self) -> Option<String> {
-        let mut entries: Vec<Entry> = self.side.rmp().into_iter().filter(|entry| !self.is_own(entry.gpa)).collect();
-        entries.sort();
+        let entries = self.entries();
         let follows = |a: &Entry, b: &Entry| a.gpa + PAGE == b.gpa && a.state == b.state && a.vmsa == b.vmsa;
         let run = |run: &[Entry]| {
             let Entry { gpa, state, vmsa } = &run[0];
@@ -266,6 +271,12 @@ impl Machine for Snp {
         let runs: Vec<String> = entries.chunk_by(follows).map(run).collect();
         Some(if runs.is_empty() { "no entries".into() } else { runs.join(", ") })
     }
+}
+
+/// Whether the real KVM's guest ended in an exception that nothing it was told has a reason for.
+pub(crate) fn is_astray(difference: &Difference) -> bool {
+    let (_, seen) = &difference.seen[0];
+    [End::Shutdown, End::Other(None)].iter().any(|end| seen.contains(&end.to_string()))
 }
 
 /// A real KVM with SNP, over the lab's emulated RMP.

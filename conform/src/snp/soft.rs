@@ -1,11 +1,10 @@
 //! The model's side: a VM of the software KVM with the RMP's hooks.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cvm_memory::hypervisor::{Exit, PreFaultMemory, Vcpu as _};
-use cvm_memory::soft::{GuestOp, OpResult, SoftVcpu};
+use cvm_memory::soft::{GuestOp, ImmediateExit, OpResult, SoftVcpu};
 use cvm_memory_sev::rmp::Size;
 use cvm_memory_sev::soft::{Machine, SoftSnp, pvalidate, vmgexit};
 use nix::errno::Errno;
@@ -14,8 +13,37 @@ use super::own::Own;
 use super::vcpu::{Do, Value, Vcpu};
 use super::{Entry, Side};
 
-/// So often one access fails the RMP's check before the guest counts as lost in it. Nothing else happens at the same time.
+/// So often one access fails the RMP's check before the guest counts as lost in it: nothing else happens at the same time.
 const FOR_EVER: u64 = 20;
+
+/// Gets guests out that are lost.
+#[derive(Debug, Default)]
+pub(super) struct Watch {
+    /// Accesses that were denied since the vCPU was entered that is running.
+    denied: AtomicU64,
+    running: Mutex<Option<ImmediateExit>>,
+}
+
+impl Watch {
+    /// For the guests of a machine that has no others.
+    pub(super) fn new(machine: &Machine) -> Arc<Self> {
+        let watch = Arc::new(Self::default());
+        let watching = Arc::clone(&watch);
+        machine.when_denied(move || {
+            let times = watching.denied.fetch_add(1, Ordering::Relaxed) + 1;
+            if times > FOR_EVER
+                && let Some(leave) = &*watching.running()
+            {
+                leave.set(true);
+            }
+        });
+        watch
+    }
+
+    fn running(&self) -> MutexGuard<'_, Option<ImmediateExit>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 #[derive(Debug)]
 pub(super) struct SoftSide {
@@ -41,13 +69,13 @@ impl Side for SoftSide {
 #[derive(Debug)]
 pub(super) struct SoftVcpuOf {
     vcpu: SoftVcpu,
-    machine: Arc<Machine>,
+    watch: Arc<Watch>,
     own: Own,
 }
 
 impl SoftVcpuOf {
-    pub(super) fn new(snp: &SoftSnp, vcpu: SoftVcpu, own: Own) -> Self {
-        Self { vcpu, machine: Arc::clone(snp.machine()), own }
+    pub(super) const fn new(vcpu: SoftVcpu, watch: Arc<Watch>, own: Own) -> Self {
+        Self { vcpu, watch, own }
     }
 }
 
@@ -69,29 +97,15 @@ impl Vcpu for SoftVcpuOf {
     }
 
     fn run(&mut self) -> Result<Exit<'_>, Errno> {
-        // Lost guests are interrupted by another thread, which looks whether they get on.
-        let (leave, machine) = (self.vcpu.immediate_exit(), &self.machine);
-        let (before, returned, lost) = (machine.counters().denied, AtomicBool::new(false), AtomicBool::new(false));
-        let vcpu = &mut self.vcpu;
-        let result = std::thread::scope(|scope| {
-            let watch = scope.spawn(|| {
-                while !returned.load(Ordering::Acquire) {
-                    if machine.counters().denied.wrapping_sub(before) > FOR_EVER {
-                        lost.store(true, Ordering::Release);
-                        leave.set(true);
-                        break;
-                    }
-                    std::thread::park_timeout(Duration::from_millis(1));
-                }
-            });
-            let result = vcpu.run();
-            returned.store(true, Ordering::Release);
-            watch.thread().unpark();
-            result
-        });
+        let leave = self.vcpu.immediate_exit();
+        self.watch.denied.store(0, Ordering::Relaxed);
+        *self.watch.running() = Some(leave.clone());
+        let result = self.vcpu.run();
+        *self.watch.running() = None;
+        let lost = leave.is_set();
         leave.set(false);
         match result {
-            Err(Errno::EINTR) if lost.load(Ordering::Acquire) => Err(Errno::ELOOP),
+            Err(Errno::EINTR) if lost => Err(Errno::ELOOP),
             result => result,
         }
     }

@@ -26,8 +26,6 @@ pub struct HostCounters {
     pub flushed_bytes: u64,
     /// Instructions that failed. Linux's policy provokes none.
     pub failed: u64,
-    /// Accesses of guests that the table did not allow, and that nobody can help: the guest repeats them for ever.
-    pub denied: u64,
 }
 
 /// A host: the table, and how Linux uses it.
@@ -44,7 +42,7 @@ impl Host {
         Self {
             rmp: Rmp::new(),
             large: false,
-            counters: HostCounters { rmpupdate: 0, psmash: 0, flushed_bytes: 0, failed: 0, denied: 0 },
+            counters: HostCounters { rmpupdate: 0, psmash: 0, flushed_bytes: 0, failed: 0 },
         }
     }
 
@@ -106,11 +104,6 @@ impl Host {
         };
         let update = RmpUpdate { assigned: true, gfn, asid, size, immutable: false };
         self.update(pfn, &update).map_err(MakePrivateError::Rmpupdate)
-    }
-
-    /// Linux finds nothing to do about a nested page fault for which the table is to blame.
-    pub const fn deny(&mut self) {
-        self.counters.denied = self.counters.denied.saturating_add(1);
     }
 
     /// `snp_rmptable_psmash()`: the entry of 2 MiB that covers the page is split.

@@ -89,7 +89,9 @@ impl Arch for SnpArch {
 
     fn check_access(&self, access: &Access) -> Result<(), Denied> {
         // Memory of the process belongs to no guest.
-        let Some(page) = access.page else { return Ok(()) };
+        let Some(page) = access.page else {
+            return if access.private { Err(Denied::Spin) } else { Ok(()) };
+        };
         let asid = self.guest().asid.unwrap_or_default();
         let mut machine = self.machine().lock();
         let pfn = machine.pfn(page);
@@ -102,7 +104,7 @@ impl Arch for SnpArch {
             Fault::NotValidated => Denied::Exception,
             // KVM finds the page mapped and assigned, and enters the guest again.
             Fault::NotYours | Fault::Assigned | Fault::Size => {
-                machine.host.deny();
+                self.machine().denied();
                 Denied::Spin
             }
         })
@@ -113,9 +115,9 @@ impl Arch for SnpArch {
         true
     }
 
-    /// Both kinds of access use one page table, and shared reads are not checked against the RMP.
-    fn shared_reads_pass(&self) -> bool {
-        true
+    /// Both kinds of access use one page table, which does not know them apart. The RMP does.
+    fn mappings_have_privacy(&self) -> bool {
+        false
     }
 
     fn pre_fault_allowed(&self) -> bool {

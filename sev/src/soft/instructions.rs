@@ -92,7 +92,7 @@ fn with_page(
         Err(Fault::NotValidated) => Step::Exception,
         // A nested page fault, of which KVM makes nothing: for ever, unless somebody changes something.
         Err(_) => {
-            arch.machine().lock().host.deny();
+            arch.machine().denied();
             again
         }
     }

@@ -1,7 +1,8 @@
 //! The machine: physical pages, who owns them, and which ASIDs are taken.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use cvm_memory::addr::Gfn;
 use cvm_memory::soft::GmemPage;
@@ -18,6 +19,16 @@ const ASIDS: u32 = 99;
 #[derive(Debug)]
 pub struct Machine {
     state: Mutex<State>,
+    watcher: OnceLock<Watcher>,
+}
+
+/// Who wants to hear of denied accesses.
+struct Watcher(Box<dyn Fn() + Send + Sync>);
+
+impl fmt::Debug for Watcher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Watcher")
+    }
 }
 
 #[derive(Debug)]
@@ -65,7 +76,19 @@ impl Machine {
     pub fn with_asids(asids: u32) -> Arc<Self> {
         let state =
             State { host: Host::new(), files: BTreeMap::new(), kernel_pages: 0, free_asids: (1..=asids).collect() };
-        Arc::new(Self { state: Mutex::new(state) })
+        Arc::new(Self { state: Mutex::new(state), watcher: OnceLock::new() })
+    }
+
+    /// Has `watch` called at every access of a guest that the RMP denies and Linux finds nothing to do about: the guest will try
+    /// again, for ever if nobody changes anything. Only the first to ask is heard. `watch` must not look at the machine.
+    pub fn when_denied(&self, watch: impl Fn() + Send + Sync + 'static) {
+        let _somebody_else = self.watcher.set(Watcher(Box::new(watch)));
+    }
+
+    pub(super) fn denied(&self) {
+        if let Some(Watcher(watch)) = self.watcher.get() {
+            watch();
+        }
     }
 
     /// Looks at the RMP.

@@ -4,7 +4,8 @@
 //! commands as KVM does ([`SnpCommands`](crate::commands::SnpCommands)). vCPUs execute the guest's own instructions too ([`pvalidate`], [`rmpadjust`],
 //! [`vmgexit`]); [`SnpGuest`] does with them what Linux does.
 //!
-//! What is not modelled: encryption (contents survive everything but a hole), VMPLs other than 0, faults of the host on the RMP,
+//! What is not modelled: encryption (contents survive everything but a hole; a shared read of a page that is assigned finds one
+//! byte over and over), VMPLs other than 0, faults of the host on the RMP,
 //! entries of 2 MiB (Linux 7.3 makes none), live migration, guest requests. The GHCB page is read through the guest's shared
 //! mapping, where KVM reads it by the slot's address.
 //!

@@ -48,6 +48,8 @@ pub(super) struct VcpuState {
     /// The frame of the GHCB page that the guest has registered.
     pub(super) ghcb: Option<u64>,
     pub(super) psc: Option<PscState>,
+    /// One that was never finished stands in the way of the next.
+    pub(super) stale_psc: bool,
 }
 
 /// What KVM and the firmware know of a guest.

@@ -107,16 +107,17 @@ const fn exit(change: &MapGpaRange) -> Step {
 /// A request whose contents are in the GHCB page.
 fn by_page(arch: &SnpArch, view: &dyn GuestView, instruction: &Instruction, ghcb: u64) -> Result<Step, NotMapped> {
     let memory = Shared(view);
-    let (registered, psc) = {
+    let (registered, psc, stale) = {
         let mut guest = arch.guest();
         let vcpu = guest.vcpus.entry(instruction.vcpu).or_default();
         if instruction.round == 0 {
-            vcpu.psc = None;
+            // Userspace gave an answer that KVM did not take: the request was never finished.
+            vcpu.stale_psc |= vcpu.psc.take().is_some();
         }
         if let (Some(psc), Some(answer)) = (&mut vcpu.psc, instruction.answer) {
             psc.answer = Some(answer);
         }
-        (vcpu.ghcb == Some(ghcb >> 12), vcpu.psc)
+        (vcpu.ghcb == Some(ghcb >> 12), vcpu.psc, vcpu.stale_psc)
     };
     if let Some(psc) = psc {
         return work_off(arch, view, instruction, psc);
@@ -150,6 +151,13 @@ fn by_page(arch: &SnpArch, view: &dyn GuestView, instruction: &Instruction, ghcb
             let Some(bytes) = scratch_bytes(ghcb, scratch).filter(|_| scratch.is_multiple_of(8)) else {
                 return refuse(InputError::InvalidScratch);
             };
+            if stale {
+                // KVM says in its log that this must not be, and the next request is served again.
+                memory.write(ghcb.saturating_add(EXIT_INFO_1), 0)?;
+                memory.write(ghcb.saturating_add(EXIT_INFO_2), Completion::Failed.raw())?;
+                arch.guest().vcpus.entry(instruction.vcpu).or_default().stale_psc = false;
+                return Ok(Step::Done(ghcb));
+            }
             let psc = PscState { ghcb, scratch, cursor: Cursor::new(max_entries(bytes)), answer: None };
             work_off(arch, view, instruction, psc)
         }

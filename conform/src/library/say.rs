@@ -81,7 +81,7 @@ pub(super) fn slot(error: &SlotError) -> String {
         SlotError::FileInUse { .. } => "file in use".into(),
         SlotError::Kvm { errno, .. } => format!("region {errno:?}"),
         SlotError::AddressSpace { .. } => "another address space".into(),
-        SlotError::Rebound { .. } => "pages that were at other frames".into(),
+        SlotError::Rebound { was, .. } => format!("pages of gfn {was:#x}"),
     };
     format!("refused, {reason}")
 }

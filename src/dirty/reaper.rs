@@ -94,7 +94,7 @@ pub struct ReaperStats {
 ///
 /// let pace = Pace::new(Duration::from_millis(1), Duration::from_secs(1));
 /// let mut reaper = Reaper::new(tracker, pace).expect("a ring");
-/// let waited = |period| matches!(stop.recv_timeout(period), Err(RecvTimeoutError::Timeout));
+/// let waited = move |period| matches!(stop.recv_timeout(period), Err(RecvTimeoutError::Timeout));
 /// std::thread::spawn(move || reaper.run(waited));
 /// # }
 /// ```

@@ -67,8 +67,8 @@ pub enum SyncError {
         #[source]
         errno: Errno,
     },
-    /// Slots are being replaced: since [`Tracker::before_delete`], what a log tells and what the layout says need not be the
-    /// same slot's. Nothing was looked at; ask again once [`Tracker::edited`] was told.
+    /// Slots are being replaced: since [`Tracker::before_delete`](crate::dirty::Tracker::before_delete), what a log tells and what the layout says need not be the
+    /// same slot's. Nothing was looked at; ask again once [`Tracker::edited`](crate::dirty::Tracker::edited) was told.
     #[error("slots are being replaced, and whose log is whose is not known before that is over")]
     Editing,
     /// Pages are to be found without being taken, where finding them takes them.

@@ -92,12 +92,15 @@ impl Arch for SnpArch {
         let Some(page) = access.page else {
             return if access.private { Err(Denied::Spin) } else { Ok(()) };
         };
-        let asid = self.guest().asid.unwrap_or_default();
+        let (asid, reads_pass) = {
+            let guest = self.guest();
+            (guest.asid.unwrap_or_default(), guest.shared_reads_pass)
+        };
         let mut machine = self.machine().lock();
         let pfn = machine.pfn(page);
         let write = access.kind == AccessKind::Write;
         if !access.private && !write && machine.host.rmp().lookup(pfn).0.is_some() {
-            return Err(Denied::Noise(ENCRYPTED));
+            return Err(if reads_pass { Denied::Noise(ENCRYPTED) } else { Denied::Spin });
         }
         let checked = machine.host.rmp().check(pfn, asid, access.gfn, access.private, write);
         checked.map_err(|fault| match fault {

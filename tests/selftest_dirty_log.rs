@@ -318,8 +318,8 @@ fn clears_that_are_refused<M: Machine>() {
     }
 }
 
-/// One page is one word, 65 are two; a slot that is longer than the log is an error, and nothing is overrun.
-fn sizes<M: Machine>() {
+/// R01. One page is one word, 65 are two; a slot that is longer than the log is an error, and nothing is overrun.
+fn r01_sizes<M: Machine>() {
     for setup in setups::<M>() {
         let mut guest = setup.vm.guest(0);
         for (slot_pages, log_pages, fits) in [
@@ -361,5 +361,5 @@ on_both_machines!(
     mapped_ahead_of_use,
     looks_that_are_refused,
     clears_that_are_refused,
-    sizes,
+    r01_sizes,
 );

@@ -97,7 +97,6 @@ impl Snp {
     /// If it cannot be launched.
     pub fn soft(shape: Shape) -> Self {
         let snp = SoftSnp::new();
-        snp.let_shared_reads_pass();
         let vm = snp.vm().clone();
         vm.limit_physical_bits(shape.physical_bits);
         snp.init(&Init::default()).expect("an SNP VM");

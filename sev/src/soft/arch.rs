@@ -92,15 +92,13 @@ impl Arch for SnpArch {
         let Some(page) = access.page else {
             return if access.private { Err(Denied::Spin) } else { Ok(()) };
         };
-        let (asid, reads_pass) = {
-            let guest = self.guest();
-            (guest.asid.unwrap_or_default(), guest.shared_reads_pass)
-        };
+        let asid = self.guest().asid.unwrap_or_default();
         let mut machine = self.machine().lock();
         let pfn = machine.pfn(page);
         let write = access.kind == AccessKind::Write;
+        // The RMP keeps others from writing; what they read is encrypted, and nobody hears of it.
         if !access.private && !write && machine.host.rmp().lookup(pfn).0.is_some() {
-            return Err(if reads_pass { Denied::Noise(ENCRYPTED) } else { Denied::Spin });
+            return Err(Denied::Noise(ENCRYPTED));
         }
         let checked = machine.host.rmp().check(pfn, asid, access.gfn, access.private, write);
         checked.map_err(|fault| match fault {

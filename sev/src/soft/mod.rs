@@ -99,12 +99,6 @@ impl SoftSnp {
         self.arch.guest().registers.insert(vcpu, vmsa.page().clone());
     }
 
-    /// From now on a shared read of a page that is assigned finds encrypted bytes, and nobody hears of it: so it is in KVM, where the
-    /// page is mapped. Otherwise such a read is a fault, as a write is, and a guest that only reads has the page converted.
-    pub fn let_shared_reads_pass(&self) {
-        self.arch.guest().shared_reads_pass = true;
-    }
-
     /// The guest's ASID, once it is initialised.
     pub fn asid(&self) -> Option<u32> {
         self.arch.guest().asid

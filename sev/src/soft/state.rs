@@ -56,8 +56,6 @@ pub(super) struct VcpuState {
 #[derive(Debug, Default)]
 pub(super) struct GuestState {
     pub(super) asid: Option<u32>,
-    /// Whether shared reads of assigned pages find encrypted bytes, and are no faults.
-    pub(super) shared_reads_pass: bool,
     pub(super) features: u64,
     pub(super) context: Option<Context>,
     pub(super) vcpus: BTreeMap<u32, VcpuState>,

@@ -107,7 +107,7 @@ fn no_dirty_bit_is_lost() {
         let tracker = Arc::new(Tracker::new(Arc::new(vm.clone()), Mechanism::Bitmap(Clearing::ByLooking)));
         let bitmap = tracker.add_backing(backing.as_ref()).unwrap();
         tracker.start(memory.space().layout(), Unloggable::default()).unwrap();
-        memory.set_harvest(Some(Arc::<Tracker>::clone(&tracker)));
+        memory.set_harvest(Some(Arc::<Tracker>::clone(&tracker))).unwrap();
         stress(&vm, &memory, false);
         tracker.sync(Stage::Last).unwrap();
         // Each page was written once, so a bit that was lost is missing for good.

@@ -28,19 +28,25 @@ pub(super) fn assign<'s>(
     if needed > free {
         return Err(PlanError::NoFreeId { needed, free });
     }
+    let mut fresh = (0..limit).zip(used).filter(|(_, used)| !used).map(|(id, _)| SlotId { as_id: draft.as_id, id });
     // Each ascends and overlaps nothing of itself, so one pass finds out who replaces whom.
     let mut gone = gone.peekable();
-    let mut unused = Vec::new();
-    let mut inherited = Vec::with_capacity(needed);
+    let (mut unused, mut without) = (Vec::new(), Vec::new());
+    let mut ids = Vec::with_capacity(needed);
     for region in created {
         while let Some(slot) = gone.next_if(|slot| slot.gfns.end() <= region.gfns.start()) {
             unused.push(slot.id);
         }
-        inherited.push(gone.next_if(|slot| slot.gfns.start() < region.gfns.end()).map(|slot| slot.id));
+        let replaced = gone.next_if(|slot| slot.gfns.start() < region.gfns.end()).map(|slot| slot.id);
+        let id = replaced.or_else(|| fresh.next()).unwrap_or_else(|| {
+            without.push(ids.len());
+            SlotId { as_id: draft.as_id, id: limit }
+        });
+        ids.push(id);
     }
     unused.extend(gone.map(|slot| slot.id));
-
-    let fresh = (0..limit).zip(used).filter(|(_, used)| !used).map(|(id, _)| SlotId { as_id: draft.as_id, id });
-    let mut others = fresh.chain(unused);
-    Ok(inherited.into_iter().filter_map(|id| id.or_else(|| others.next())).collect())
+    for (at, id) in without.into_iter().zip(unused) {
+        ids.get_mut(at).into_iter().for_each(|of| *of = id);
+    }
+    Ok(ids)
 }

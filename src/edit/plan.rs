@@ -157,7 +157,7 @@ pub fn steps(layout: &Layout, draft: &Draft, prefer: Prefer) -> Result<Vec<Step>
     let changing = fates.iter().filter(|fate| **fate != Fate::Stays).count();
     let mut steps: Vec<Step> = Vec::with_capacity(changing.saturating_add(created.len()));
     let going = draft.old.all().iter().zip(&fates).filter(|(_, fate)| **fate == Fate::Goes);
-    going.for_each(|(slot, _)| steps.push(Step::Delete(*slot)));
+    steps.extend(going.map(|(slot, _)| Step::Delete(*slot)));
     let ids = ids::assign(layout, draft, &created, steps.iter().map(Step::slot))?;
     let renewed = |of: Renewed| {
         let old = draft.old.get(of.old)?;

@@ -17,6 +17,11 @@ fn key(start: Gfn, at: usize) -> Option<u64> {
     (start.get() >> (u64::BITS - AT_BITS) == 0).then_some(start.get() << AT_BITS | at)
 }
 
+/// Where the operation of a key begins.
+const fn start(key: u64) -> u64 {
+    key >> AT_BITS
+}
+
 /// Which operation a key is of.
 fn at(key: u64) -> Option<usize> {
     usize::try_from(key & ((1 << AT_BITS) - 1)).ok()
@@ -41,21 +46,16 @@ pub(super) fn sweep(pieces: impl ExactSizeIterator<Item = Piece>, ops: &[Operati
         Operation::Delete(gfns) => Some((*gfns, at(*key)?)),
         _ => None,
     };
-    let piece = |key: &u64| match ops.get(at(*key)?)? {
-        Operation::Create(region) => Some((Piece::new(*region), at(*key)?)),
-        _ => None,
-    };
     let mut holes: Vec<(GfnRange, usize)> = Vec::with_capacity(deletions.len());
     holes.extend(deletions.iter().filter_map(hole));
-    let mut created: Vec<(Piece, usize)> = Vec::with_capacity(creations.len());
-    created.extend(creations.iter().filter_map(piece));
 
     let mut swept = Swept {
-        pieces: Vec::with_capacity(pieces.len().saturating_add(created.len())),
+        ops,
+        pieces: Vec::with_capacity(pieces.len().saturating_add(creations.len())),
         end: Gfn::ZERO,
         passed: &holes,
     };
-    let (mut going, mut coming) = (holes.iter().peekable(), created.iter().peekable());
+    let (mut going, mut coming) = (holes.iter().peekable(), creations.iter().copied().peekable());
     // Up to here the hole in hand has found memory.
     let mut found = Gfn::ZERO;
     // The frame after the last one deleted, at which the memory above has lost its neighbour.
@@ -75,7 +75,7 @@ pub(super) fn sweep(pieces: impl ExactSizeIterator<Item = Piece>, ops: &[Operati
             }
             continue;
         }
-        while let Some(new) = coming.next_if(|(new, _)| new.gfns().start() < gfns.start()) {
+        while let Some(new) = coming.next_if(|new| start(*new) < gfns.start().get()) {
             swept.create(new)?;
         }
         swept.put(gfns, Piece { cut: old.cut && bare != Some(gfns.start()), ..old })?;
@@ -86,6 +86,7 @@ pub(super) fn sweep(pieces: impl ExactSizeIterator<Item = Piece>, ops: &[Operati
 
 /// The pieces so far, ascending.
 struct Swept<'a> {
+    ops: &'a [Operation],
     pieces: Vec<Piece>,
     /// Where the last of them ends.
     end: Gfn,
@@ -104,17 +105,19 @@ impl Swept<'_> {
     }
 
     /// What was deleted here must have been deleted before.
-    fn create(&mut self, (piece, at): &(Piece, usize)) -> Option<()> {
-        let gfns = piece.gfns();
+    fn create(&mut self, key: u64) -> Option<()> {
+        let at = at(key)?;
+        let Operation::Create(region) = self.ops.get(at)? else { return None };
+        let gfns = region.gfns;
         while let Some(((hole, _), above)) = self.passed.split_first()
             && hole.end() <= gfns.start()
         {
             self.passed = above;
         }
         let mut here = self.passed.iter().take_while(|(hole, _)| hole.start() < gfns.end());
-        if here.any(|(_, by)| by > at) {
+        if here.any(|(_, by)| *by > at) {
             return None;
         }
-        self.put(gfns, *piece)
+        self.put(gfns, Piece::new(*region))
     }
 }

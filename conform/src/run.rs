@@ -57,11 +57,18 @@ pub struct Tally {
     pub scenarios: u64,
     /// Summed over all.
     pub played: Played,
+    /// Differences that were not seen again when the scenario was played again, on a processor that is emulated.
+    pub unsteady: u64,
     /// How often each operation came to what.
     pub outcomes: BTreeMap<(String, String), u64>,
 }
 
 impl Tally {
+    /// Whether an emulated processor did no more of its own than can be put up with: in one scenario of a hundred, or two.
+    pub const fn is_steady(&self) -> bool {
+        self.unsteady * 100 <= self.scenarios + 100
+    }
+
     /// The same as a JSON object.
     pub fn json(&self, kind: Kind) -> serde_json::Value {
         let outcomes = self.outcomes.iter().map(|((operation, outcome), count)| {
@@ -74,6 +81,7 @@ impl Tally {
             "readings": self.played.readings,
             "not_played": self.played.skipped,
             "explained": self.played.explained,
+            "unsteady": self.unsteady,
             "outcomes": outcomes.collect::<Vec<_>>(),
         })
     }
@@ -91,6 +99,9 @@ impl fmt::Display for Tally {
         let spurious = SPURIOUS.load(Ordering::Relaxed);
         if spurious > 0 {
             writeln!(out, "{spurious} accesses done again after an exception of the emulated processor")?;
+        }
+        if self.unsteady > 0 {
+            writeln!(out, "{} differences of the emulated processor's, which did not come again", self.unsteady)?;
         }
         let mut last = "";
         for ((operation, outcome), count) in &self.outcomes {
@@ -223,6 +234,7 @@ impl Tally {
         self.played.readings += other.played.readings;
         self.played.skipped += other.played.skipped;
         self.played.explained += other.played.explained;
+        self.unsteady += other.unsteady;
         for (key, count) in &other.outcomes {
             *self.outcomes.entry(key.clone()).or_default() += count;
         }

@@ -27,6 +27,7 @@ fn random(name: &str, shape: Shape, scenarios: u64, play: &Play<'_>) {
                 "next to nothing was played"
             );
             assert!(tally.played.skipped * 5 < tally.played.operations, "too much was left out");
+            assert!(tally.is_steady(), "{} differences came once", tally.unsteady);
             let again = SPURIOUS.load(Ordering::Relaxed);
             assert!(again * 200 < tally.played.operations + 2000, "{again} accesses had to be made again");
         }

@@ -20,6 +20,7 @@ fn random(name: &str, shape: Shape, scenarios: u64, play: &Play<'_>) {
                 "next to nothing was played"
             );
             assert!(tally.played.skipped * 5 < tally.played.operations, "too much was left out");
+            assert!(tally.is_steady(), "{} differences came once", tally.unsteady);
         }
         Err(failure) => panic!("{name}: {failure}"),
     }

@@ -42,7 +42,6 @@ use crate::guard;
 use crate::live::Live;
 use crate::machine::{Machine, Shape};
 use crate::observation::{End, Observation};
-use crate::play::Difference;
 use crate::scenario::{Kind, Operation};
 use own::Own;
 pub use rules::Ruled;
@@ -271,12 +270,6 @@ impl Machine for Snp {
         let runs: Vec<String> = entries.chunk_by(follows).map(run).collect();
         Some(if runs.is_empty() { "no entries".into() } else { runs.join(", ") })
     }
-}
-
-/// Whether the real KVM's guest ended in an exception that nothing it was told has a reason for.
-pub(crate) fn is_astray(difference: &Difference) -> bool {
-    let (_, seen) = &difference.seen[0];
-    [End::Shutdown, End::Other(None)].iter().any(|end| seen.contains(&end.to_string()))
 }
 
 /// A real KVM with SNP, over the lab's emulated RMP.

@@ -212,10 +212,10 @@ impl<M: Mode> Driver<M> {
         Ok(!called && !(self.support.gpa(0)..self.support.gpa(M::SIZE)).contains(&ip))
     }
 
-    /// Begins the step anew, which does no harm when it is done twice; or says that it is believed now.
+    /// Begins the step anew, which does no harm when it is done twice (a hypercall may be seen twice); or says that it is believed now.
     fn starts_again(&mut self) -> bool {
         let Some(progress) = &mut self.progress else { return false };
-        if progress.spurious == SPURIOUS_LIMIT || matches!(progress.step, Some(Step::Hypercall { .. })) {
+        if progress.spurious == SPURIOUS_LIMIT {
             return false;
         }
         progress.spurious += 1;

@@ -15,18 +15,9 @@ use cvm_memory::hypervisor::{Exit, Hypervisor, MemoryRegion, Mmio, Platform, Vcp
 use cvm_memory::layout::SlotFlags;
 use cvm_memory::memory::{CommitOptions, CvmMemory};
 use cvm_memory_testkit::{Guest, GuestOp, KvmGuest, kvm};
-use edit_kit::{Bits, KvmKick, PAGE, Runner, gfns, plain, slice, slots, steps};
+use edit_kit::{Bits, Done, KvmKick, PAGE, Runner, gfns, plain, slice, slots, steps};
 
 const GIB: u64 = 1 << 30;
-
-/// Ends the writing when it goes.
-struct Done<'a>(&'a AtomicBool);
-
-impl Drop for Done<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Release);
-    }
-}
 
 const FEW: CommitOptions = CommitOptions {
     prefer: Prefer::FewSlots,

@@ -17,7 +17,7 @@ use cvm_memory::memory::{CommitOptions, CvmMemory, EditError};
 use cvm_memory::soft::SoftVm;
 use cvm_memory_testkit::{Guest, GuestOp, KvmGuest, Outcome, SoftGuest, kvm, private_kvm};
 use edit_kit::random::{ALL, Numbers, USED, edit_something, transactions};
-use edit_kit::{Bits, KvmKick, PAGE, Runner, SoftKick, gfns, plain, slice};
+use edit_kit::{Bits, Done, KvmKick, PAGE, Runner, SoftKick, gfns, plain, slice};
 
 /// What one vCPU does: writes its pages with a value that grows, and finds it there again. Even pages are its private ones.
 fn hammer<G: Guest>(runner: &mut Runner<G>, who: u64, done: &AtomicBool, visits: &AtomicU64, mixed: bool) {
@@ -44,15 +44,6 @@ fn hammer<G: Guest>(runner: &mut Runner<G>, who: u64, done: &AtomicBool, visits:
     }
     assert_eq!(runner.unexplained, Vec::<String>::new(), "vcpu {who}");
     assert_eq!(runner.completed, 0, "vcpu {who} was never inside while memory was in flux");
-}
-
-/// Ends the hammering when it goes.
-struct Done<'a>(&'a AtomicBool);
-
-impl Drop for Done<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Release);
-    }
 }
 
 fn stress<G: Guest + Send>(memory: &Arc<CvmMemory>, guests: [(G, Arc<dyn Kick>); 2], mixed: bool, bits: Option<&Bits>) {

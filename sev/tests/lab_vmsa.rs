@@ -21,7 +21,7 @@ use cvm_memory::soft::{GuestOp as Step, OpResult};
 use cvm_memory_testkit::snp::{Emulation, SnpGuest, SnpVcpu};
 use cvm_memory_testkit::{Guest as _, GuestOp, Outcome};
 use edit_kit::random::{ALL, Numbers, USED, edit_something, transactions};
-use edit_kit::{KvmKick, PAGE, Runner, gfns};
+use edit_kit::{Done, KvmKick, PAGE, Runner, gfns};
 use lab::{CREATE, DESTROY, Lab, NoEntry, launched};
 
 /// The save area: the last of the pages that are always there.
@@ -165,15 +165,6 @@ fn hammer(runner: &mut Runner<SnpGuest<SnpVcpu>>, who: u64, done: &AtomicBool, v
     }
     assert_eq!(runner.unexplained, Vec::<String>::new(), "vcpu {who}");
     assert_eq!(runner.completed, 0, "vcpu {who} was never inside while memory was in flux");
-}
-
-/// Ends the hammering when it goes.
-struct Done<'a>(&'a AtomicBool);
-
-impl Drop for Done<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Release);
-    }
 }
 
 /// Edits around and under both vCPUs and the save area: nobody is lost, no byte is wrong, and every page is in the RMP as it

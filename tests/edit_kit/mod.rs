@@ -4,6 +4,7 @@
 pub mod random;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use cvm_memory::addr::{Gfn, GfnRange};
@@ -19,6 +20,15 @@ use cvm_memory::memory::{CommitOptions, Committed, CvmMemory, SlotSpec};
 use cvm_memory::soft::{ImmediateExit, SlotInfo, SoftVm};
 use cvm_memory_testkit::{Call, Guest, GuestOp, Outcome, Recorder, kvm_guest};
 use nix::errno::Errno;
+
+/// Ends what others do until then when it goes, by a panic too.
+pub struct Done<'a>(pub &'a AtomicBool);
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
 
 pub const PAGE: u64 = 4096;
 pub const MIB: u64 = 1 << 20;

@@ -94,21 +94,33 @@ fn run(guest: &mut dyn Guest, op: &GuestOp, seen: &mut Vec<Seen>, answer: u64) -
                 seen.push(Seen::MmioRead { gpa, len: data.len() });
             }
             Ok(Exit::Mmio(Mmio::Write { gpa, data })) => seen.push(Seen::MmioWrite { gpa, data: data.to_vec() }),
-            Ok(Exit::Hypercall(HypercallExit { nr, args: [a, b, c, ..], ret })) => {
-                *ret = answer;
-                seen.push(Seen::Hypercall { nr, args: [a, b, c] });
+            Ok(exit) => {
+                if let Some(end) = ended_by(exit, answer, seen) {
+                    return end;
+                }
             }
-            Ok(Exit::MemoryFault(fault)) => {
-                return End::Fault { errno: fault.errno, flags: fault.flags, gpa: fault.gpa, size: fault.size };
-            }
-            Ok(Exit::Shutdown) => return End::Shutdown,
-            Ok(Exit::InternalError { .. }) => return End::InternalError,
-            Ok(Exit::FailEntry { reason, .. }) => return End::FailEntry(reason),
-            Ok(Exit::Other(reason)) => return End::Other(reason),
-            Ok(_) => return End::Other(None),
             Err(Errno::EINTR | Errno::EAGAIN) => {}
             Err(errno) => return End::Failed(errno),
         }
     }
     End::Endless
+}
+
+/// How an operation ends with `exit`. It goes on after a hypercall, which is answered.
+pub(crate) fn ended_by(exit: Exit<'_>, answer: u64, seen: &mut Vec<Seen>) -> Option<End> {
+    Some(match exit {
+        Exit::Hypercall(HypercallExit { nr, args: [a, b, c, ..], ret }) => {
+            *ret = answer;
+            seen.push(Seen::Hypercall { nr, args: [a, b, c] });
+            return None;
+        }
+        Exit::MemoryFault(fault) => {
+            End::Fault { errno: fault.errno, flags: fault.flags, gpa: fault.gpa, size: fault.size }
+        }
+        Exit::Shutdown => End::Shutdown,
+        Exit::InternalError { .. } => End::InternalError,
+        Exit::FailEntry { reason, .. } => End::FailEntry(reason),
+        Exit::Other(reason) => End::Other(reason),
+        _ => End::Other(None),
+    })
 }

@@ -1,9 +1,10 @@
 //! A vCPU of an SNP guest that is told what to do, on either side, and what is seen of it.
 
-use cvm_memory::hypervisor::{Exit, HypercallExit, PreFaultMemory};
+use cvm_memory::hypervisor::{Exit, PreFaultMemory};
 use nix::errno::Errno;
 
 use super::own::Own;
+use crate::live::guests;
 use crate::observation::{End, Seen};
 
 /// Exits of one operation, at most.
@@ -74,18 +75,11 @@ pub(super) fn perform(vcpu: &mut dyn Vcpu, what: &Do, answer: u64, seen: &mut Ve
             }
             // Of a machine whose guests need not ask for it by themselves.
             Ok(Exit::Mmio(_)) => return End::Mmio,
-            Ok(Exit::Hypercall(HypercallExit { nr, args: [a, b, c, ..], ret })) => {
-                *ret = answer;
-                seen.push(Seen::Hypercall { nr, args: [a, b, c] });
+            Ok(exit) => {
+                if let Some(end) = guests::ended_by(exit, answer, seen) {
+                    return end;
+                }
             }
-            Ok(Exit::MemoryFault(fault)) => {
-                return End::Fault { errno: fault.errno, flags: fault.flags, gpa: fault.gpa, size: fault.size };
-            }
-            Ok(Exit::Shutdown) => return End::Shutdown,
-            Ok(Exit::InternalError { .. }) => return End::InternalError,
-            Ok(Exit::FailEntry { reason, .. }) => return End::FailEntry(reason),
-            Ok(Exit::Other(reason)) => return End::Other(reason),
-            Ok(_) => return End::Other(None),
             Err(Errno::EINTR | Errno::EAGAIN) => {}
             Err(Errno::ELOOP) => return End::Endless,
             Err(errno) => return End::Failed(errno),

@@ -4,10 +4,10 @@
 //! there; what is missing is created.
 
 use crate::addr::GfnRange;
-use crate::layout::SlotFlags;
 
 use super::draft::Slots;
-use super::pieces::Piece;
+use super::movers::{self, Movers, Renewed, Uncut};
+use super::pieces::{Piece, Was};
 use super::region::Region;
 use super::tile::{Aim, Fit, Run, Tile};
 
@@ -23,35 +23,32 @@ pub enum Prefer {
 
 /// What becomes of an old slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Fate {
+enum Fate {
     Stays,
     Flags,
     Moves,
     Goes,
 }
 
-/// An old slot, and what it will be.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Renewed {
-    pub(super) old: usize,
-    pub(super) region: Region,
-}
-
 /// What becomes of the slots that are, and the slots that are to come.
 pub(super) struct Assignment {
-    pub(super) fates: Vec<Fate>,
+    /// Of the old slots, those that go, ascending.
+    pub(super) gone: Vec<usize>,
     /// Of the old slots, those that change flags where they are.
     pub(super) relogged: Vec<Renewed>,
     /// Of the old slots, those that move, in the order in which they must.
     pub(super) moved: Vec<Renewed>,
     /// New ones, ascending.
     pub(super) created: Vec<Region>,
+    /// No new one is known to have a frame that an old one has: all came where nothing was.
+    pub(super) apart: bool,
 }
 
 impl Assignment {
     /// Calls that it takes.
     pub(super) fn calls(&self) -> usize {
-        self.fates.iter().filter(|fate| **fate != Fate::Stays).count().saturating_add(self.created.len())
+        let lists = [self.gone.len(), self.relogged.len(), self.moved.len(), self.created.len()];
+        lists.into_iter().fold(0, usize::saturating_add)
     }
 }
 
@@ -61,16 +58,28 @@ pub(super) fn assign(pieces: &[Piece], old: &Slots, prefer: Prefer, limit: u64, 
     let mut fates = vec![Fate::Goes; slots.len()];
     let (mut created, mut relogged) = (Vec::with_capacity(pieces.len()), Vec::new());
     // Of the new slots, those that may not be cut anywhere.
-    let mut uncut: Vec<(usize, Vec<GfnRange>)> = Vec::new();
-    let (mut rest, mut wholes, mut next_old) = (pieces, Vec::new(), 0_usize);
-    while let Some((first, _)) = rest.split_first() {
-        let length = run_length(rest);
+    let mut uncut: Vec<Uncut> = Vec::new();
+    let (mut rest, mut wholes, mut next_old, mut apart) = (pieces, Vec::new(), 0_usize, true);
+    while let Some((first, later)) = rest.split_first() {
+        if let Was::Slot(at) = first.was
+            && (prefer == Prefer::NoInterruption || later.first().is_none_or(|next| !first.joins(next)))
+        {
+            fates.get_mut(usize::from(at)).into_iter().for_each(|of| *of = Fate::Stays);
+            rest = later;
+            continue;
+        }
+        let length = run_length(rest, prefer);
         let (run, later) = rest.split_at_checked(length).unwrap_or((rest, &[]));
         rest = later;
-        wholes.clear();
-        wholes.extend(run.iter().filter(|piece| piece.whole).map(Piece::gfns));
         let last = run.last().unwrap_or(first);
         let region = Region { gfns: first.gfns().hull(&last.gfns()), ..first.region };
+        if prefer == Prefer::NoInterruption && run.iter().all(|piece| piece.was == Was::Nothing) {
+            created.push(region);
+            continue;
+        }
+        apart = false;
+        wholes.clear();
+        wholes.extend(run.iter().filter(|piece| piece.whole).map(Piece::gfns));
         let run = Run { gfns: region.gfns, wholes: &wholes, limit };
         // Old slots ascend as runs do.
         while slots.get(next_old).is_some_and(|slot| slot.gfns.start() < run.gfns.start()) {
@@ -110,55 +119,43 @@ pub(super) fn assign(pieces: &[Piece], old: &Slots, prefer: Prefer, limit: u64, 
             Prefer::NoInterruption => kept_and_gaps(region.gfns, fits, &mut emit),
         }
     }
-    let movers = Movers::new(old, &fates, stuck);
-    let near = movers.any_for(&created);
+    let mut gone = those_who_go(&fates);
     let mut moved = Vec::new();
-    let long = |region: &Region| region.gfns.pages() > limit;
-    if prefer == Prefer::NoInterruption && (near || created.iter().any(long)) {
-        created = fill_gaps(&created, &uncut, &movers, old, limit, &mut moved);
-    }
-    if near {
-        movers.rename(&mut created, old, &mut moved);
-    }
-    for Renewed { old, .. } in &moved {
-        fates.get_mut(*old).into_iter().for_each(|fate| *fate = Fate::Moves);
-    }
-    Assignment { fates, relogged, moved, created }
-}
-
-/// Cuts what is to be created: where slots that would go fit exactly, they move there.
-fn fill_gaps(
-    created: &[Region],
-    uncut: &[(usize, Vec<GfnRange>)],
-    movers: &Movers,
-    old: &Slots,
-    limit: u64,
-    moved: &mut Vec<Renewed>,
-) -> Vec<Region> {
-    let mut left = Vec::with_capacity(created.len());
-    let mut taken = vec![false; old.all().len()];
-    for (index, region) in created.iter().enumerate() {
-        let whole = uncut.binary_search_by_key(&index, |(index, _)| *index).ok().and_then(|at| uncut.get(at));
-        let run = Run { gfns: region.gfns, wholes: whole.map_or(&[], |(_, wholes)| wholes), limit };
-        let fits = movers.fits(region, &run, old, &taken);
-        for tile in run.cover(region.gfns, &fits, Aim::Calls) {
-            let Some(region) = region.part(tile.gfns) else { continue };
-            if let Some((at, taken)) = tile.old.and_then(|at| Some((at, taken.get_mut(at)?))) {
-                *taken = true;
-                moved.push(Renewed { old: at, region });
-            } else {
-                left.push(region);
-            }
+    let long = prefer == Prefer::NoInterruption && created.iter().any(|region| region.gfns.pages() > limit);
+    if long || !movers::in_place(old, &gone, &created) {
+        let movers = Movers::new(old, &gone, stuck);
+        let near = movers.any_for(&created);
+        if long || (near && prefer == Prefer::NoInterruption) {
+            created = movers::fill_gaps(&created, &uncut, &movers, old, limit, &mut moved);
         }
+        if near {
+            movers.rename(&mut created, old, &mut moved);
+        }
+        for Renewed { old, .. } in &moved {
+            fates.get_mut(*old).into_iter().for_each(|fate| *fate = Fate::Moves);
+        }
+        gone.retain(|at| fates.get(*at) == Some(&Fate::Goes));
     }
-    left
+    Assignment { gone, relogged, moved, created, apart }
 }
 
-/// How many pieces could be one slot.
-fn run_length(pieces: &[Piece]) -> usize {
+/// Positions of the slots that go. Without a branch for each: nothing foretells which go.
+fn those_who_go(fates: &[Fate]) -> Vec<usize> {
+    let (mut list, mut found) = (vec![0_usize; fates.len()], 0_usize);
+    for (at, fate) in fates.iter().enumerate() {
+        list.get_mut(found).into_iter().for_each(|place| *place = at);
+        found = found.saturating_add(usize::from(*fate == Fate::Goes));
+    }
+    list.truncate(found);
+    list
+}
+
+/// How many pieces could be one slot, or several if they are long. A slot that has not been touched is not among them if it
+/// stays whatever becomes of the memory beside it.
+fn run_length(pieces: &[Piece], prefer: Prefer) -> usize {
     let continued = pieces.iter().zip(pieces.iter().skip(1));
-    let joints = continued.take_while(|(low, high)| !high.cut && low.region.continues(&high.region)).count();
-    joints.saturating_add(1)
+    let stays = |piece: &Piece| prefer == Prefer::NoInterruption && matches!(piece.was, Was::Slot(_));
+    continued.take_while(|(low, high)| !stays(high) && low.joins(high)).count().saturating_add(1)
 }
 
 /// Everything that fits stays; the rest is gaps.
@@ -174,87 +171,5 @@ fn kept_and_gaps(gfns: GfnRange, fits: impl Iterator<Item = Fit>, emit: &mut imp
     }
     if let Some(gfns) = gap(next, gfns.end()) {
         emit(Tile { gfns, old: None });
-    }
-}
-
-/// Whether KVM lets a slot of `old` be moved to where `new` begins.
-fn movable(old: &Region, new: &Region) -> bool {
-    let fixed = |flags: SlotFlags| flags.difference(SlotFlags::LOG_DIRTY);
-    !old.flags.contains(SlotFlags::GUEST_MEMFD)
-        && (fixed(old.flags), old.mapping, old.binding) == (fixed(new.flags), new.mapping, new.binding)
-}
-
-/// Old slots that would go and could move instead, by address of their memory.
-struct Movers(Vec<(u64, usize)>);
-
-impl Movers {
-    fn new(old: &Slots, fates: &[Fate], stuck: &[usize]) -> Self {
-        let going = old.all().iter().zip(fates).enumerate().filter(|(at, (slot, fate))| {
-            **fate == Fate::Goes && !slot.flags.contains(SlotFlags::GUEST_MEMFD) && !stuck.contains(at)
-        });
-        let mut movers: Vec<_> = going.map(|(at, (slot, _))| (slot.hva, at)).collect();
-        movers.sort_unstable();
-        Self(movers)
-    }
-
-    /// Those whose memory begins at `hva`. `cursor` is where the last search ended: most go on from there.
-    fn at(&self, hva: u64, cursor: &mut usize) -> impl Iterator<Item = usize> {
-        let below = |at: usize| self.0.get(at).is_some_and(|(other, _)| *other < hva);
-        if cursor.checked_sub(1).is_some_and(|before| !below(before)) {
-            *cursor = self.0.partition_point(|(other, _)| *other < hva);
-        }
-        while below(*cursor) {
-            *cursor = cursor.saturating_add(1);
-        }
-        self.0.iter().skip(*cursor).take_while(move |(other, _)| *other == hva).map(|(_, at)| *at)
-    }
-
-    /// What is to be created exactly as a slot that would go, but elsewhere, is that slot.
-    fn rename(&self, created: &mut Vec<Region>, old: &Slots, moved: &mut Vec<Renewed>) {
-        let mut cursor = 0;
-        let mut taken = vec![false; old.all().len()];
-        for Renewed { old, .. } in &*moved {
-            taken.get_mut(*old).into_iter().for_each(|taken| *taken = true);
-        }
-        created.retain(|region| {
-            let same = |old: &Region| old.gfns.pages() == region.gfns.pages() && movable(old, region);
-            let mut those = self.at(region.hva, &mut cursor);
-            let free = those.find(|at| taken.get(*at) == Some(&false) && old.region(*at).is_some_and(|old| same(&old)));
-            if let Some(at) = free {
-                taken.get_mut(at).into_iter().for_each(|taken| *taken = true);
-                moved.push(Renewed { old: at, region: *region });
-            }
-            free.is_none()
-        });
-    }
-
-    /// Whether the memory of any of them begins in that of a new slot.
-    fn any_for(&self, created: &[Region]) -> bool {
-        let mut cursor = 0;
-        !self.0.is_empty()
-            && created.iter().any(|region| {
-                let _exactly = self.at(region.hva, &mut cursor).next();
-                let end = region.hva.saturating_add(region.gfns.bytes());
-                self.0.get(cursor).is_some_and(|(hva, _)| *hva < end)
-            })
-    }
-
-    /// Those whose memory is part of `region`, at their places in it.
-    fn fits(&self, region: &Region, run: &Run<'_>, old: &Slots, taken: &[bool]) -> Vec<Fit> {
-        let end = region.hva.saturating_add(region.gfns.bytes());
-        let first = self.0.partition_point(|(hva, _)| *hva < region.hva);
-        let mut fits = Vec::new();
-        for (hva, at) in self.0.iter().skip(first).take_while(|(hva, _)| *hva < end) {
-            let Some(mover) = old.region(*at).filter(|_| taken.get(*at) == Some(&false)) else { continue };
-            let skip = hva.saturating_sub(region.hva) >> crate::addr::PAGE_SHIFT;
-            let start = region.gfns.start().checked_add(skip);
-            let Some(gfns) = start.and_then(|start| GfnRange::with_len(start, mover.gfns.pages()).ok()) else {
-                continue;
-            };
-            if run.admits(gfns) && movable(&mover, region) {
-                fits.push(Fit { gfns, old: *at, extra: 0 });
-            }
-        }
-        fits
     }
 }

@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use crate::backing::{SharedBacking, SharedSlice};
 use crate::layout::{Layout, LayoutError, Memslot};
 
-use super::plan::Step;
+use super::step::Step;
 
 /// What the steps of a plan do.
 pub trait Effects {

@@ -12,7 +12,7 @@ use crate::layout::{Layout, Memslot, SlotId, SlotTable};
 
 use super::error::{Label, Reason, Refused};
 use super::operation::Operation;
-use super::pieces::{Piece, Pieces};
+use super::pieces::{Piece, Pieces, Was};
 use super::region::Region;
 use super::sweep;
 
@@ -82,11 +82,11 @@ impl Slots {
     /// As pieces.
     fn pieces(&self) -> impl ExactSizeIterator<Item = Piece> {
         let mut end = None;
-        self.regions().map(move |region| {
+        self.regions().enumerate().map(move |(at, region)| {
             // Slots that touch are two because somebody wanted two.
             let cut = end == Some(region.gfns.start());
             end = Some(region.gfns.end());
-            Piece { cut, ..Piece::new(region) }
+            Piece { cut, was: u16::try_from(at).map_or(Was::Unknown, Was::Slot), ..Piece::new(region) }
         })
     }
 }
@@ -171,8 +171,8 @@ impl Draft {
             let (batch, later) = rest.split_at_checked(run.max(1)).unwrap_or((rest, &[]));
             let now: Option<&Pieces> = pieces.as_ref().or(self.pieces.as_ref());
             let swept = match now {
-                Some(now) => sweep::sweep(now.0.iter().copied(), batch),
-                None => sweep::sweep(self.old.pieces(), batch),
+                Some(now) => sweep::sweep(now.0.iter().copied(), Was::Unknown, batch),
+                None => sweep::sweep(self.old.pieces(), Was::Nothing, batch),
             };
             if swept.is_some() {
                 pieces = swept;

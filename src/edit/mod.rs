@@ -17,11 +17,13 @@ mod commit;
 mod draft;
 mod error;
 mod ids;
+mod movers;
 mod operation;
 mod order;
 mod pieces;
 mod plan;
 mod region;
+mod step;
 mod sweep;
 mod tile;
 mod tracked;
@@ -31,8 +33,9 @@ pub use commit::{Effects, Failed, Harvest, commit};
 pub use draft::{Draft, Nested};
 pub use error::{Hazard, Label, PlanError, Reason, Refused};
 pub use operation::Operation;
-pub use plan::{Plan, Step, plan, steps};
+pub use plan::{Plan, plan, steps};
 pub use region::Region;
+pub use step::Step;
 
 #[cfg(test)]
 mod tests;

@@ -4,7 +4,7 @@ use crate::addr::{Gfn, GfnRange};
 use crate::layout::SlotFlags;
 
 use super::error::Reason;
-use super::pieces::{Piece, Pieces, check_some};
+use super::pieces::{Piece, Pieces, Was, check_some};
 use super::region::Region;
 
 /// One operation on a layout. Frames are what memory is called by; slots and their ids follow from the plan.
@@ -137,6 +137,7 @@ impl Pieces {
         for piece in &mut taken {
             let gfns = piece.gfns().rebase(from.start(), to).ok_or(wraps)?;
             piece.region.gfns = gfns;
+            piece.was = Was::Unknown;
         }
         self.put(taken);
         Ok(())
@@ -152,6 +153,7 @@ impl Pieces {
         self.part_at(gfns.end());
         for piece in self.within_mut(gfns) {
             piece.region.flags = flags | (piece.region.flags & SlotFlags::GUEST_MEMFD);
+            piece.was = Was::Unknown;
         }
         Ok(())
     }

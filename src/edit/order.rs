@@ -3,8 +3,9 @@
 //! A slot can move once those whose places it takes have gone. Where they wait for each other in a circle, one of them must
 //! be deleted and created instead; which ones is searched for exhaustively while the circles are small.
 
-use super::assign::{Assignment, Renewed};
+use super::assign::Assignment;
 use super::draft::Slots;
+use super::movers::Renewed;
 
 /// Circles of more slots than this are broken one by one instead of in the best way.
 const EXHAUSTIVE: usize = 10;

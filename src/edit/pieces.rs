@@ -5,28 +5,57 @@ use crate::addr::{Gfn, GfnRange};
 use super::error::Reason;
 use super::region::Region;
 
-/// A region, and how it may be cut into slots.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// A region, how it may be cut into slots, and what it was.
+#[derive(Debug, Clone, Copy)]
 pub(super) struct Piece {
     pub(super) region: Region,
     /// A slot must begin here even if the memory below continues.
     pub(super) cut: bool,
     /// No slot may begin or end within: it was asked to be one.
     pub(super) whole: bool,
+    /// Says nothing about the layout to be: it saves looking it up in the one that is.
+    pub(super) was: Was,
 }
+
+/// What a piece was before the edit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Was {
+    /// The slot at this position, exactly as it is.
+    Slot(u16),
+    /// Frames without memory, all of them.
+    Nothing,
+    /// Nobody has kept track.
+    Unknown,
+}
+
+impl PartialEq for Piece {
+    fn eq(&self, other: &Self) -> bool {
+        (self.region, self.cut, self.whole) == (other.region, other.cut, other.whole)
+    }
+}
+
+impl Eq for Piece {}
 
 impl Piece {
     pub(super) const fn new(region: Region) -> Self {
-        Self { region, cut: false, whole: false }
+        Self { region, cut: false, whole: false, was: Was::Unknown }
     }
 
     pub(super) const fn gfns(&self) -> GfnRange {
         self.region.gfns
     }
 
+    /// Whether it and the piece above it could be one slot.
+    pub(super) fn joins(&self, above: &Self) -> bool {
+        !above.cut && self.region.continues(&above.region)
+    }
+
     fn part(&self, gfns: GfnRange) -> Option<Self> {
+        if self.gfns() == gfns {
+            return Some(*self);
+        }
         let cut = self.cut && gfns.start() == self.gfns().start();
-        Some(Self { region: self.region.part(gfns)?, cut, whole: self.whole })
+        Some(Self { region: self.region.part(gfns)?, cut, whole: self.whole, was: Was::Unknown })
     }
 }
 
@@ -148,7 +177,8 @@ impl Pieces {
         }
         if pieces.len() > 1 {
             let gfns = first.gfns().hull(&last.gfns());
-            let joined = Piece { region: Region { gfns, ..first.region }, cut: first.cut, whole: true };
+            let joined =
+                Piece { region: Region { gfns, ..first.region }, cut: first.cut, whole: true, was: Was::Unknown };
             self.0.splice(span, [joined]);
         }
         Ok(())

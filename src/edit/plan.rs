@@ -14,86 +14,14 @@
 use crate::addr::GfnRange;
 use crate::layout::{Layout, LayoutError, Memslot, SlotFlags, SlotId};
 
-use super::assign::{Assignment, Fate, Prefer, Renewed, assign};
+use super::assign::{Assignment, Prefer, assign};
 use super::draft::Draft;
 use super::error::PlanError;
 use super::ids;
+use super::movers::Renewed;
 use super::order;
 use super::pieces::Pieces;
-
-/// One call of `KVM_SET_USER_MEMORY_REGION2`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Step {
-    /// Size zero.
-    Delete(Memslot),
-    /// Another place, perhaps another value of `LOG_DIRTY`.
-    Move {
-        /// As it will be.
-        slot: Memslot,
-        /// Where it was.
-        from: GfnRange,
-        /// Its flags then.
-        flags: SlotFlags,
-    },
-    /// Another value of `LOG_DIRTY`.
-    SetFlags {
-        /// As it will be.
-        slot: Memslot,
-        /// Its flags before.
-        flags: SlotFlags,
-    },
-    /// A new slot.
-    Create(Memslot),
-}
-
-impl Step {
-    /// What it is called in messages.
-    pub const fn kind(&self) -> &'static str {
-        match self {
-            Self::Delete(_) => "delete",
-            Self::Move { .. } => "move",
-            Self::SetFlags { .. } => "set flags",
-            Self::Create(_) => "create",
-        }
-    }
-
-    /// The slot, as the call names it.
-    pub const fn slot(&self) -> &Memslot {
-        match self {
-            Self::Delete(slot) | Self::Create(slot) | Self::Move { slot, .. } | Self::SetFlags { slot, .. } => slot,
-        }
-    }
-
-    /// The slot before it; `None` if there was none.
-    pub const fn before(&self) -> Option<Memslot> {
-        match *self {
-            Self::Create(_) => None,
-            Self::Delete(slot) => Some(slot),
-            Self::Move { slot, from, flags } => Some(Memslot { gfns: from, flags, ..slot }),
-            Self::SetFlags { slot, flags } => Some(Memslot { flags, ..slot }),
-        }
-    }
-
-    /// The slot after it; `None` if there is none.
-    pub const fn after(&self) -> Option<Memslot> {
-        match *self {
-            Self::Delete(_) => None,
-            Self::Create(slot) | Self::Move { slot, .. } | Self::SetFlags { slot, .. } => Some(slot),
-        }
-    }
-
-    /// The step that takes this one back.
-    pub const fn inverse(&self) -> Self {
-        match *self {
-            Self::Delete(slot) => Self::Create(slot),
-            Self::Create(slot) => Self::Delete(slot),
-            Self::Move { slot, from, flags } => {
-                Self::Move { slot: Memslot { gfns: from, flags, ..slot }, from: slot.gfns, flags: slot.flags }
-            }
-            Self::SetFlags { slot, flags } => Self::SetFlags { slot: Memslot { flags, ..slot }, flags: slot.flags },
-        }
-    }
-}
+use super::step::Step;
 
 /// What takes a VM from one layout to another.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -153,12 +81,11 @@ pub fn steps(layout: &Layout, draft: &Draft, prefer: Prefer) -> Result<Vec<Step>
     let limit = layout.limits().pages_per_slot;
     let Some(Pieces(pieces)) = &draft.pieces else { return Ok(Vec::new()) };
     let assignment = order::acyclic(&draft.old, |stuck| assign(pieces, &draft.old, prefer, limit, stuck));
-    let Assignment { fates, relogged, moved, created } = assignment;
-    let changing = fates.iter().filter(|fate| **fate != Fate::Stays).count();
-    let mut steps: Vec<Step> = Vec::with_capacity(changing.saturating_add(created.len()));
-    let going = draft.old.all().iter().zip(&fates).filter(|(_, fate)| **fate == Fate::Goes);
-    steps.extend(going.map(|(slot, _)| Step::Delete(*slot)));
-    let ids = ids::assign(layout, draft, &created, steps.iter().map(Step::slot))?;
+    let mut steps: Vec<Step> = Vec::with_capacity(assignment.calls());
+    let Assignment { gone, relogged, moved, created, apart } = assignment;
+    // Through references, whose number is known, so that each slot is copied once and into its place.
+    let gone: Vec<&Memslot> = gone.iter().filter_map(|at| draft.old.get(*at)).collect();
+    steps.extend(gone.into_iter().copied().map(Step::Delete));
     let renewed = |of: Renewed| {
         let old = draft.old.get(of.old)?;
         Some((of.region.slot(old.id), *old))
@@ -167,7 +94,9 @@ pub fn steps(layout: &Layout, draft: &Draft, prefer: Prefer) -> Result<Vec<Step>
     steps.extend(moved.map(|(slot, old)| Step::Move { slot, from: old.gfns, flags: old.flags }));
     let relogged = relogged.into_iter().filter_map(renewed);
     steps.extend(relogged.map(|(slot, old)| Step::SetFlags { slot, flags: old.flags }));
-    steps.extend(created.iter().zip(&ids).map(|(region, id)| Step::Create(region.slot(*id))));
+    let unnamed = SlotId { as_id: draft.as_id, id: u16::MAX };
+    steps.extend(created.iter().map(|region| Step::Create(region.slot(unnamed))));
+    ids::assign(layout, draft, &mut steps, apart)?;
     Ok(steps)
 }
 

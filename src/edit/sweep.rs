@@ -6,20 +6,30 @@
 use crate::addr::{Gfn, GfnRange};
 
 use super::operation::Operation;
-use super::pieces::{Piece, Pieces};
+use super::pieces::{Piece, Pieces, Was};
 
-/// Bits of a key that say which operation it is; those above say where it begins. No processor has frames that do not fit.
-const AT_BITS: u32 = 24;
+/// Bits of a key that say which operation it is.
+const AT_BITS: u32 = 23;
+/// Above them, bits that say where it begins. No processor has more frames.
+const START_BITS: u32 = 40;
+/// Above those, whether it creates: all deletions come before all creations.
+const CREATES: u64 = 1 << (AT_BITS + START_BITS);
 
-/// Where an operation begins and which one it is, in one word: nothing else is sorted, for operations are large.
-fn key(start: Gfn, at: usize) -> Option<u64> {
-    let at = u64::try_from(at).ok().filter(|at| at >> AT_BITS == 0)?;
-    (start.get() >> (u64::BITS - AT_BITS) == 0).then_some(start.get() << AT_BITS | at)
+/// What an operation is, where it begins, and which one it is, in one word: nothing else is sorted, for operations are large.
+fn key(op: &Operation, at: usize) -> Option<u64> {
+    let (gfns, kind) = match op {
+        Operation::Delete(gfns) => (gfns, 0),
+        Operation::Create(region) => (&region.gfns, CREATES),
+        _ => return None,
+    };
+    let (start, at) = (gfns.start().get(), u64::try_from(at).ok()?);
+    let fits = start >> START_BITS == 0 && at >> AT_BITS == 0 && !gfns.is_empty();
+    fits.then_some(kind | start << AT_BITS | at)
 }
 
 /// Where the operation of a key begins.
 const fn start(key: u64) -> u64 {
-    key >> AT_BITS
+    (key & !CREATES) >> AT_BITS
 }
 
 /// Which operation a key is of.
@@ -30,18 +40,14 @@ fn at(key: u64) -> Option<usize> {
 /// Frames to be deleted, and by which operation.
 type Hole = (GfnRange, usize);
 
-/// The pieces after `ops`, or `None` if these are not for it.
-pub(super) fn sweep(pieces: impl ExactSizeIterator<Item = Piece>, ops: &[Operation]) -> Option<Pieces> {
-    let (mut deletions, mut creations) = (Vec::with_capacity(ops.len()), Vec::with_capacity(ops.len()));
+/// The pieces after `ops`, or `None` if these are not for it. Frames that are in none of `pieces` were `bare`.
+pub(super) fn sweep(pieces: impl ExactSizeIterator<Item = Piece>, bare: Was, ops: &[Operation]) -> Option<Pieces> {
+    let mut keys: Vec<u64> = Vec::with_capacity(ops.len());
     for (at, op) in ops.iter().enumerate() {
-        match op {
-            Operation::Delete(gfns) if !gfns.is_empty() => deletions.push(key(gfns.start(), at)?),
-            Operation::Create(region) if !region.gfns.is_empty() => creations.push(key(region.gfns.start(), at)?),
-            _ => return None,
-        }
+        keys.push(key(op, at)?);
     }
-    deletions.sort_unstable();
-    creations.sort_unstable();
+    keys.sort_unstable();
+    let (deletions, creations) = keys.split_at_checked(keys.partition_point(|key| *key < CREATES))?;
     let hole = |key: &u64| match ops.get(at(*key)?)? {
         Operation::Delete(gfns) => Some((*gfns, at(*key)?)),
         _ => None,
@@ -51,6 +57,7 @@ pub(super) fn sweep(pieces: impl ExactSizeIterator<Item = Piece>, ops: &[Operati
 
     let mut swept = Swept {
         ops,
+        bare,
         pieces: Vec::with_capacity(pieces.len().saturating_add(creations.len())),
         end: Gfn::ZERO,
         passed: &holes,
@@ -59,7 +66,7 @@ pub(super) fn sweep(pieces: impl ExactSizeIterator<Item = Piece>, ops: &[Operati
     // Up to here the hole in hand has found memory.
     let mut found = Gfn::ZERO;
     // The frame after the last one deleted, at which the memory above has lost its neighbour.
-    let mut bare = None;
+    let mut parted = None;
     for old in pieces {
         let gfns = old.gfns();
         if let Some((hole, _)) = going.peek().filter(|(hole, _)| hole.start() <= gfns.start()) {
@@ -69,7 +76,7 @@ pub(super) fn sweep(pieces: impl ExactSizeIterator<Item = Piece>, ops: &[Operati
             }
             found = gfns.end();
             if found == hole.end() {
-                bare = Some(found);
+                parted = Some(found);
                 found = Gfn::ZERO;
                 going.next();
             }
@@ -78,7 +85,7 @@ pub(super) fn sweep(pieces: impl ExactSizeIterator<Item = Piece>, ops: &[Operati
         while let Some(new) = coming.next_if(|new| start(*new) < gfns.start().get()) {
             swept.create(new)?;
         }
-        swept.put(gfns, Piece { cut: old.cut && bare != Some(gfns.start()), ..old })?;
+        swept.put(gfns, Piece { cut: old.cut && parted != Some(gfns.start()), ..old })?;
     }
     coming.try_for_each(|new| swept.create(new))?;
     going.peek().is_none().then_some(Pieces(swept.pieces))
@@ -87,6 +94,7 @@ pub(super) fn sweep(pieces: impl ExactSizeIterator<Item = Piece>, ops: &[Operati
 /// The pieces so far, ascending.
 struct Swept<'a> {
     ops: &'a [Operation],
+    bare: Was,
     pieces: Vec<Piece>,
     /// Where the last of them ends.
     end: Gfn,
@@ -114,10 +122,13 @@ impl Swept<'_> {
         {
             self.passed = above;
         }
-        let mut here = self.passed.iter().take_while(|(hole, _)| hole.start() < gfns.end());
-        if here.any(|(_, by)| *by > at) {
-            return None;
+        let mut was = self.bare;
+        for (_, by) in self.passed.iter().take_while(|(hole, _)| hole.start() < gfns.end()) {
+            if *by > at {
+                return None;
+            }
+            was = Was::Unknown;
         }
-        self.put(gfns, Piece::new(*region))
+        self.put(gfns, Piece { was, ..Piece::new(*region) })
     }
 }

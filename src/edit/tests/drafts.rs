@@ -69,12 +69,12 @@ fn apply(pages: &[Page], op: &Operation) -> Option<Vec<Page>> {
     Some(next)
 }
 
-fn any_range(numbers: &mut Numbers) -> GfnRange {
+pub fn any_range(numbers: &mut Numbers) -> GfnRange {
     let start = numbers.below(SPAN);
     gfns(start, (start + 1 + numbers.below(3)).min(SPAN))
 }
 
-fn any_operation(numbers: &mut Numbers) -> Operation {
+pub fn any_operation(numbers: &mut Numbers) -> Operation {
     let range = any_range(numbers);
     let flags =
         [SlotFlags::empty(), SlotFlags::LOG_DIRTY, SlotFlags::READONLY][usize::try_from(numbers.below(3)).unwrap()];

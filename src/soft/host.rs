@@ -68,7 +68,7 @@ mod tests {
             let mut seen = [0; 8];
             assert_eq!(read(hva, &mut seen), Ok(()));
             assert_eq!(u64::from_ne_bytes(seen), value);
-            for bad in [0, 4095, 1 << 46, 1 << 63, u64::MAX] {
+            for bad in [0, 4095, 1 << 47, 1 << 63, u64::MAX] {
                 assert_eq!(read(bad, &mut seen), Err(Errno::EFAULT), "{bad:#x}");
                 assert_eq!(write(bad, &seen), Err(Errno::EFAULT), "{bad:#x}");
             }

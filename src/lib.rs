@@ -20,6 +20,7 @@
 //! | [`prefault`] | memory ahead of use |
 //! | [`memory`] | the facade |
 //! | [`exits`] | from a vCPU's exit to what the VMM must do |
+//! | [`view`] | what devices see, through `vm-memory`'s traits |
 //! | [`stats`] | counters |
 //!
 //! Addresses and sizes are in bytes where they are called so (`gpa`, `size`, `bytes`), else in pages of 4096 bytes; ranges
@@ -55,6 +56,7 @@ pub mod prefault;
 pub mod soft;
 pub mod stats;
 mod sync;
+pub mod view;
 mod words;
 
 #[doc = include_str!("../README.md")]

@@ -25,6 +25,7 @@ const LAYERS: &[&str] = &[
     "prefault",
     "memory",
     "exits",
+    "view",
 ];
 
 /// Words of platforms that the generic crate must not know.
@@ -45,6 +46,7 @@ const UNSAFE: &[&str] = &[
     "src/hypervisor/mod.rs",
     "src/memory/slots.rs",
     "src/soft/hypervisor.rs",
+    "src/view/mod.rs",
     "src/words.rs",
 ];
 

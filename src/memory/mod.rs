@@ -8,6 +8,7 @@
 //! It runs no vCPU and handles no exit (that is [`exits`](crate::exits)). Slots are added and removed one by one, as KVM
 //! does it: removing a slot under running vCPUs shows to the guest, and it is up to the caller to keep them out.
 
+mod access;
 mod builder;
 mod commit;
 mod edit;
@@ -22,8 +23,8 @@ use std::sync::{Arc, PoisonError};
 use arc_swap::{ArcSwap, ArcSwapOption, Cache, Guard};
 use nix::errno::Errno;
 
-use crate::addr::{AddrError, Gfn, GfnRange, Gpa, PAGE_SIZE};
-use crate::backing::{SharedSlice, Space};
+use crate::addr::{Gfn, GfnRange, PAGE_SIZE};
+use crate::backing::Space;
 use crate::convert::{
     AddListenerError, ConvertError, Converter, Listener, ListenerId, LockError, Outcome, Pin, PinError, Request, State,
     StepError,
@@ -38,6 +39,8 @@ use crate::prefault::{PrefaultError, PrefaultOptions, Prefaulted, Progress, pref
 use crate::stats::{Requests, Syscalls};
 use crate::sync::blocking::{Mutex, MutexGuard};
 
+pub use access::AccessError;
+pub(crate) use access::Part;
 pub use builder::{BuildError, Builder};
 pub use commit::{CommitOptions, Committed};
 pub use edit::{Edit, EditError, NestedEdit};
@@ -145,33 +148,6 @@ impl Reader<'_> {
     }
 }
 
-/// Why the host may not read or write guest memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum AccessError {
-    /// The bytes wrap or lie beyond the top.
-    #[error("access of {len:#x} bytes at {gpa:#x}")]
-    Range {
-        /// First byte.
-        gpa: Gpa,
-        /// Bytes.
-        len: u64,
-        /// Why.
-        #[source]
-        error: AddrError,
-    },
-    /// Some of it is private, no memory, or being converted by this very thread.
-    #[error("access of {len:#x} bytes at {gpa:#x}")]
-    Pin {
-        /// First byte.
-        gpa: Gpa,
-        /// Bytes.
-        len: u64,
-        /// Why.
-        #[source]
-        error: PinError,
-    },
-}
-
 /// Memory held, in bytes; `None` where this kernel cannot tell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Resident {
@@ -273,70 +249,6 @@ impl CvmMemory {
     /// [`PinError`].
     pub fn pin(&self, gfns: GfnRange) -> Result<Pin<'_>, PinError> {
         self.converter.pin(gfns)
-    }
-
-    /// Reads shared memory, as a device may: never a private page.
-    ///
-    /// # Errors
-    /// [`AccessError`]; `bytes` is untouched then.
-    pub fn read(&self, gpa: Gpa, bytes: &mut [u8]) -> Result<(), AccessError> {
-        let mut rest = bytes;
-        self.access(gpa, rest.len() as u64, &mut |_, slice| {
-            if let Some((now, later)) = std::mem::take(&mut rest).split_at_mut_checked(slice.len()) {
-                slice.copy_to(now);
-                rest = later;
-            }
-        })
-    }
-
-    /// Writes shared memory, as a device may: never a private page. Who [keeps](Self::set_harvest) dirty bits is told.
-    ///
-    /// # Errors
-    /// [`AccessError`]; nothing is written then.
-    pub fn write(&self, gpa: Gpa, bytes: &[u8]) -> Result<(), AccessError> {
-        let mut rest = bytes;
-        let harvester = self.harvester();
-        self.access(gpa, rest.len() as u64, &mut |memory, slice| {
-            if let Some((now, later)) = rest.split_at_checked(slice.len()) {
-                slice.copy_from(now);
-                rest = later;
-                if let Some(harvester) = &harvester {
-                    harvester.wrote(memory, now.len() as u64);
-                }
-            }
-        })
-    }
-
-    /// Pins the pages of the range and visits its bytes, piece by piece.
-    fn access(
-        &self,
-        gpa: Gpa,
-        len: u64,
-        visit: &mut dyn FnMut(&SharedSlice, vm_memory::VolatileSlice<'_>),
-    ) -> Result<(), AccessError> {
-        if len == 0 {
-            return Ok(());
-        }
-        let in_page = gpa.page_offset();
-        let gfns = len
-            .checked_add(in_page)
-            .and_then(|bytes| bytes.checked_next_multiple_of(PAGE_SIZE))
-            .ok_or(AddrError::BeyondTop { start: gpa.get(), size: len })
-            .and_then(|bytes| GfnRange::from_bytes(gpa.get().saturating_sub(in_page), bytes))
-            .map_err(|error| AccessError::Range { gpa, len, error })?;
-        let _pin = self.pin(gfns).map_err(|error| AccessError::Pin { gpa, len, error })?;
-        let space = self.space();
-        let end = gpa.get().saturating_add(len);
-        for piece in space.shared_pieces(gfns) {
-            let first = gpa.get().max(piece.gfns.start_byte());
-            let bytes = end.min(piece.gfns.end_byte()).saturating_sub(first);
-            let offset = piece.offset.saturating_add(first.saturating_sub(piece.gfns.start_byte()));
-            let Some(SharedSlice { backing, .. }) = space.shared(piece.slot) else { continue };
-            if let Some(slice) = backing.slice(offset, bytes) {
-                visit(&SharedSlice { backing: Arc::clone(backing), offset }, slice);
-            }
-        }
-        Ok(())
     }
 
     /// Allocates and maps private memory ahead of use: what of `gfns` is declared private. See [`prefault`].

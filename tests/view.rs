@@ -150,6 +150,30 @@ fn a_slice_is_a_pin() {
     assert!(!view.check_range(GuestAddress(u64::MAX), 2, Permissions::Read));
 }
 
+/// No device writes for the guest what the guest cannot write itself; the VMM does, to put it there.
+#[test]
+fn read_only_memory() {
+    let backing: Arc<dyn SharedBacking> = Arc::new(SharedMemory::new(2 * MIB).unwrap());
+    let slots = [(0, SlotFlags::empty()), (MIB, SlotFlags::READONLY)].map(|(gpa, flags)| SlotSpec {
+        id: None,
+        gpa,
+        size: MIB,
+        shared: SharedSlice { backing: Arc::clone(&backing), offset: gpa },
+        private: None,
+        flags,
+    });
+    let builder = slots.into_iter().fold(CvmMemory::builder(), |builder, slot| builder.slot(slot));
+    let view = SharedView::new(Arc::new(builder.build(Arc::new(SoftVm::default_type())).unwrap()));
+    view.memory().write(Gpa(MIB - 1), &[1, 2]).unwrap();
+    assert_eq!(view.read_obj::<[u8; 2]>(GuestAddress(MIB - 1)).unwrap(), [1, 2]);
+    let refused = view.write_obj([3_u8; 2], GuestAddress(MIB - 1)).unwrap_err().to_string();
+    assert_eq!(refused, "Guest memory error: write of 0x2 bytes at 0xfffff, some of which is read-only");
+    assert_eq!(view.read_obj::<[u8; 2]>(GuestAddress(MIB - 1)).unwrap(), [1, 2]);
+    view.write_obj(3_u8, GuestAddress(MIB - 1)).unwrap();
+    let allowed = [Permissions::Read, Permissions::Write, Permissions::ReadWrite];
+    assert_eq!(allowed.map(|access| view.check_range(GuestAddress(MIB), 8, access)), [true, false, false]);
+}
+
 /// Another thread's conversion waits for a device that is at it.
 #[test]
 fn conversions_wait_for_devices() {

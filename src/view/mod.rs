@@ -2,7 +2,8 @@
 //!
 //! A virtio queue, or any device model that is written for [`GuestMemory`], runs on a [`SharedView`] as it is. What it is
 //! given is pinned: a page whose slice it holds stays shared, and a conversion waits for it. A page that is private, or no
-//! memory, is an error and never bytes. What it writes is told to whoever [keeps dirty bits](CvmMemory::set_harvest).
+//! memory, is an error ([`AccessError`](crate::memory::AccessError)) and never bytes, and so is a write to read-only memory.
+//! What it writes is told to whoever [keeps dirty bits](CvmMemory::set_harvest).
 //!
 //! It is not for the VMM's own accesses ([`CvmMemory::read`] and [`write`](CvmMemory::write) say more when they refuse), and
 //! no way into private memory. Devices that reach memory by themselves, without asking for each access, are
@@ -21,6 +22,7 @@ use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap, Permissions, Volatil
 use crate::addr::Gpa;
 use crate::backing::SharedSlice;
 use crate::convert::Pin;
+use crate::layout::SlotFlags;
 use crate::memory::{CvmMemory, Part};
 
 /// The shared part of a VM's memory. Cheap to clone.
@@ -65,8 +67,8 @@ impl GuestMemory for SharedView {
     type Bitmap = Marks;
 
     /// Whether all of it is shared memory now. It need not be any more when it is used; an access finds out by itself.
-    fn check_range(&self, addr: GuestAddress, count: usize, _: Permissions) -> bool {
-        count == 0 || self.0.access(Gpa(addr.0), count as u64).is_ok()
+    fn check_range(&self, addr: GuestAddress, count: usize, access: Permissions) -> bool {
+        count == 0 || self.pinned(addr, count, access).is_ok()
     }
 
     /// All of it, pinned, or an error.
@@ -74,21 +76,48 @@ impl GuestMemory for SharedView {
         &'a self,
         addr: GuestAddress,
         count: usize,
-        _: Permissions,
+        access: Permissions,
     ) -> Result<impl GuestMemorySliceIterator<'a, Access<'a>>> {
-        if count == 0 {
-            return Ok(Slices { memory: &self.0, held: None });
-        }
-        let denied = |error| Error::IOError(io::Error::new(io::ErrorKind::PermissionDenied, error));
-        let (pin, parts) = self.0.access(Gpa(addr.0), count as u64).map_err(denied)?;
-        Ok(Slices { memory: &self.0, held: Some((Arc::new(pin), parts.into_iter())) })
+        let held = if count == 0 { None } else { Some(self.pinned(addr, count, access)?) };
+        Ok(Slices { memory: &self.0, held })
     }
+}
+
+/// A pin, and what is left of the parts that it is of.
+type Pinned<'a> = (Arc<Pin<'a>>, std::vec::IntoIter<Part>);
+
+impl SharedView {
+    /// Pins what is not nothing. What the guest cannot write, no device writes for it.
+    fn pinned(&self, addr: GuestAddress, count: usize, access: Permissions) -> Result<Pinned<'_>> {
+        let (pin, parts) = self.0.access(Gpa(addr.0), count as u64).map_err(denied)?;
+        let space = self.0.space();
+        let mut slots = space.layout().table().segments(pin.gfns()).filter_map(|segment| segment.slot);
+        if access.has_write() && slots.any(|slot| slot.flags.contains(SlotFlags::READONLY)) {
+            return Err(denied(ReadOnly { gpa: Gpa(addr.0), len: count as u64 }));
+        }
+        Ok((Arc::new(pin), parts.into_iter()))
+    }
+}
+
+/// A device's write to memory that is read-only to the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("write of {len:#x} bytes at {gpa:#x}, some of which is read-only")]
+pub struct ReadOnly {
+    /// First byte.
+    pub gpa: Gpa,
+    /// Bytes.
+    pub len: u64,
+}
+
+/// The reason, as the source of the only error that takes one.
+fn denied(reason: impl std::error::Error + Send + Sync + 'static) -> Error {
+    Error::IOError(io::Error::new(io::ErrorKind::PermissionDenied, reason))
 }
 
 /// The slices of one access, which all hold its pin.
 struct Slices<'a> {
     memory: &'a CvmMemory,
-    held: Option<(Arc<Pin<'a>>, std::vec::IntoIter<Part>)>,
+    held: Option<Pinned<'a>>,
 }
 
 impl<'a> Iterator for Slices<'a> {

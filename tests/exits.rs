@@ -1,6 +1,7 @@
 //! Every way in which an exit is answered: what the guest gets, what the VMM is told, and what has changed.
 
 use std::sync::{Arc, Mutex};
+use std::thread;
 
 use cvm_memory::addr::{FilePage, Gfn, GfnRange, PAGE_SIZE};
 use cvm_memory::backing::SharedMemory;
@@ -260,6 +261,28 @@ fn a_budget_makes_guests_ask_again_that_would() {
         assert_eq!(machine.ask([0x20_0000, 32, 0x10, 0]), 0);
         assert_eq!(machine.ask([0x30_0000, 1, 0x10, 0]), again);
     }
+}
+
+/// A guest's access cannot be told to try again, as its requests are where devices are not waited for: it waits for the
+/// device, however little patience there is with identical faults.
+#[test]
+fn an_access_waits_for_a_device() {
+    let mut machine = machine_of(SoftVm::tagged(), |builder| builder.initial(State::Shared).pins(PinPolicy::Refuse));
+    let options = ExitOptions { repeats: 0, ..ExitOptions::default() };
+    machine.exits = VcpuExits::with_options(Arc::clone(&machine.memory), options);
+    let memory = Arc::clone(&machine.memory);
+    let pin = memory.pin(GfnRange::from_bytes(0x3000, 0x1000).unwrap()).unwrap();
+    thread::scope(|scope| {
+        let vcpu = scope.spawn(|| machine.run(GuestOp::Write { gpa: 0x3000, data: vec![7; 16], private: true }));
+        // The lock shows that it waits; if it does not, it is over already.
+        while !format!("{memory:?}").contains("Wanted") && !vcpu.is_finished() {
+            thread::yield_now();
+        }
+        drop(pin);
+        let (result, actions) = vcpu.join().unwrap();
+        assert_eq!(result, Some(OpResult::Done), "{actions:?}");
+        assert!(matches!(actions[..], [Action::Resume(Handled::Converted { pages: 1 })]), "{actions:?}");
+    });
 }
 
 #[test]

@@ -208,7 +208,20 @@ impl Converter {
     /// # Errors
     /// [`ConvertError`]: nothing has happened.
     pub fn convert(&self, request: &Request) -> Result<Outcome, ConvertError> {
-        self.counted(|| self.try_convert(request))
+        self.counted(|| self.try_convert(request, self.options.pins))
+    }
+
+    /// [`convert`](Self::convert) for an access of the guest's, which cannot be told to try again: where the policy is to refuse
+    /// while a device is at one of the pages, it waits as the default policy does.
+    ///
+    /// # Errors
+    /// As [`convert`](Self::convert).
+    pub fn convert_for_access(&self, request: &Request) -> Result<Outcome, ConvertError> {
+        let pins = match self.options.pins {
+            PinPolicy::Refuse => PinPolicy::default(),
+            waits @ PinPolicy::Wait(_) => waits,
+        };
+        self.counted(|| self.try_convert(request, pins))
     }
 
     /// [`convert`](Self::convert) in pieces of at most `pages` pages, so that what is planned at a time is bounded, whatever a guest
@@ -220,13 +233,13 @@ impl Converter {
     pub fn convert_in_pieces(&self, request: &Request, pages: u64) -> Result<Outcome, ConvertError> {
         self.counted(|| {
             if request.range.pages() <= pages {
-                return self.try_convert(request);
+                return self.try_convert(request, self.options.pins);
             }
             // Of what is not memory, which may be most of it, there are no pieces.
             let memory = admit(request, &self.space.load())?;
             let mut converted = 0_u64;
             for range in memory.iter().flat_map(|gfns| gfns.split_every(pages)) {
-                match self.try_convert(&Request { range, ..*request })? {
+                match self.try_convert(&Request { range, ..*request }, self.options.pins)? {
                     Outcome::Unchanged => {}
                     Outcome::Converted { pages } => converted = converted.saturating_add(pages),
                     failed => return Ok(failed),
@@ -249,11 +262,11 @@ impl Converter {
         Ok(outcome)
     }
 
-    fn try_convert(&self, request: &Request) -> Result<Outcome, ConvertError> {
+    fn try_convert(&self, request: &Request, pins: PinPolicy) -> Result<Outcome, ConvertError> {
         // What is refused anyway need not wait for anybody.
         admit(request, &self.space.load())?;
         // Only shared pages are pinned, and a conversion to shared changes none of those.
-        let pins = request.to.is_private().then_some(self.options.pins);
+        let pins = request.to.is_private().then_some(pins);
         let _guard = self.locks.exclusive(request.range, pins)?;
         let space = self.space.load();
         let memory = admit(request, &space)?;

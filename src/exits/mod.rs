@@ -330,7 +330,7 @@ impl VcpuExits {
             Some(_) if !self.options.implicit_conversion => {
                 self.guest_error(GuestError::Implicit { gfn, to: request.to })
             }
-            Some(_) => match self.memory.convert(&request) {
+            Some(_) => match self.memory.converter().convert_for_access(&request) {
                 Ok(outcome) => {
                     if let Outcome::Converted { .. } = outcome {
                         if request.to.is_private() {
@@ -341,7 +341,7 @@ impl VcpuExits {
                     }
                     self.resolved(fault, gfn, request.to, outcome)
                 }
-                // The device access will end; the guest may ask again.
+                // The device access has not ended in all that time; perhaps it does by the next.
                 Err(ConvertError::Locked(LockError::Pinned { .. })) => self.unchanged(fault),
                 Err(error) => self.guest_error(error.into()),
             },

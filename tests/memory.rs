@@ -4,12 +4,14 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use cvm_memory::addr::{FilePage, Gfn, GfnRange, Gpa, PAGE_SIZE};
-use cvm_memory::backing::{SharedMemory, SharedSlice};
+use cvm_memory::backing::{SharedBacking, SharedMemory, SharedSlice};
 use cvm_memory::convert::{PinError, Request, State};
 use cvm_memory::gmem::GuestMemfd;
 use cvm_memory::hypervisor::{Cap, Hypervisor, MemoryAttributes, MemoryRegion, Platform};
 use cvm_memory::layout::{BindError, LayoutError, SlotFlags, SlotId};
-use cvm_memory::memory::{AccessError, BuildError, Builder, CvmMemory, Materialise, SlotError, SlotSpec};
+use cvm_memory::memory::{
+    AccessError, BuildError, Builder, CommitOptions, CvmMemory, EditError, Materialise, SlotError, SlotSpec,
+};
 use cvm_memory::soft::SoftVm;
 use cvm_memory_testkit::{Call, Recorder};
 use nix::errno::Errno;
@@ -416,4 +418,49 @@ fn slots_of_other_address_spaces_are_refused() {
     let id = Some(SlotId { as_id: 1, id: 0 });
     let other = SlotSpec { id, gpa: 0, size: MIB, shared, private: None, flags: SlotFlags::empty() };
     assert!(matches!(memory.add_slots(vec![other]), Err(SlotError::AddressSpace { .. })));
+}
+
+/// Shared memory of a slot whose pages change state is nobody else's: freeing it would take it from the other. Held against
+/// every pair of slots.
+#[test]
+fn no_memory_is_shared_twice_if_it_can_be_freed() {
+    let mut seed = 9_u64;
+    let mut below = |bound: u64| {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (seed >> 33) % bound
+    };
+    let (mut refused, mut admitted) = (0, 0);
+    for _ in 0..300 {
+        let backing: Arc<dyn SharedBacking> = Arc::new(SharedMemory::new(MIB).unwrap());
+        let parts: Vec<(u64, u64, bool)> =
+            (0..2 + below(4)).map(|_| (below(24), 1 + below(4), below(2) == 0)).collect();
+        let overlap = |a: &(u64, u64, bool), b: &(u64, u64, bool)| a.0 < b.0 + b.1 && b.0 < a.0 + a.1 && (a.2 || b.2);
+        let expected = parts.iter().enumerate().any(|(at, a)| parts[at + 1..].iter().any(|b| overlap(a, b)));
+        let slot = |(at, &(page, pages, convertible)): (u64, &(u64, u64, bool)), vm: &SoftVm| SlotSpec {
+            id: None,
+            gpa: at * MIB,
+            size: pages * PAGE_SIZE,
+            shared: SharedSlice { backing: Arc::clone(&backing), offset: page * PAGE_SIZE },
+            private: convertible.then(|| (Arc::new(vm.create_guest_memfd(MIB, 0).unwrap()), FilePage::ZERO)),
+            flags: SlotFlags::empty(),
+        };
+        let machine = || {
+            let vm = SoftVm::software_protected();
+            let specs: Vec<SlotSpec> = (0..).zip(&parts).map(|part| slot(part, &vm)).collect();
+            (CvmMemory::builder().ram(1 << 30, MIB).build(Arc::new(vm)).unwrap(), specs)
+        };
+        let (memory, specs) = machine();
+        let mut edit = memory.edit();
+        specs.into_iter().for_each(|spec| edit.create(spec).map(drop).unwrap());
+        let edited = edit.commit(&CommitOptions::default());
+        assert_eq!(matches!(edited, Err(EditError::SharedTwice { .. })), expected, "{parts:?}: {edited:?}");
+        assert_eq!(edited.is_ok(), !expected);
+        let (memory, specs) = machine();
+        let added = memory.add_slots(specs);
+        assert_eq!(matches!(added, Err(SlotError::SharedTwice { .. })), expected, "{parts:?}: {added:?}");
+        assert_eq!(added.is_ok(), !expected);
+        refused += u32::from(expected);
+        admitted += u32::from(!expected);
+    }
+    assert!(refused > 50 && admitted > 50, "{refused} refused, {admitted} admitted");
 }

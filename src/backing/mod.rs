@@ -148,6 +148,31 @@ impl Space {
         distinct
     }
 
+    /// Two slots with shared memory in common, of which one can change state: a conversion there frees what the other one
+    /// shows. `None` is how it should be.
+    pub fn shared_twice(&self) -> Option<(SlotId, SlotId)> {
+        let mut slots: Vec<&Memslot> = self.layout.table().slots().collect();
+        slots.sort_unstable_by_key(|slot| slot.hva);
+        let end = |slot: &Memslot| slot.hva.saturating_add(slot.gfns.bytes());
+        // Of those before: the one that reaches furthest, and the one that does of those that can change state.
+        let (mut any, mut convertible): (Option<&Memslot>, Option<&Memslot>) = (None, None);
+        let further = |than: Option<&Memslot>, slot: &Memslot| than.is_none_or(|than| end(than) < end(slot));
+        for slot in slots {
+            let changes = self.is_convertible(slot);
+            let before = if changes { any } else { convertible };
+            if let Some(before) = before.filter(|before| end(before) > slot.hva) {
+                return Some((before.id, slot.id));
+            }
+            if further(any, slot) {
+                any = Some(slot);
+            }
+            if changes && further(convertible, slot) {
+                convertible = Some(slot);
+            }
+        }
+        None
+    }
+
     /// Address of `gfn`'s shared memory in this process, if it is memory at all.
     pub fn hva(&self, gfn: Gfn) -> Option<u64> {
         self.layout.table().lookup(gfn)?.hva_of(gfn)

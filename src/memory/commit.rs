@@ -107,6 +107,9 @@ fn commit(edit: &Edit<'_>, options: &CommitOptions) -> Result<Committed, EditErr
         return Ok(Committed { steps: Vec::new(), stopped: None, naive_calls });
     };
     let next = space_after(edit, &current, &plan.layout, &mappings)?;
+    if let Some((one, other)) = next.shared_twice() {
+        return Err(EditError::SharedTwice { one, other });
+    }
     let both = slices_of_both(&current, &plan, &next);
     let converter = &memory.converter;
     // Only an access to what goes must end first.

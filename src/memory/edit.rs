@@ -54,6 +54,15 @@ pub enum EditError {
         /// In bytes.
         available: u64,
     },
+    /// Slots would have shared memory in common, and one of them can change state: what a conversion there frees would be missing
+    /// in the other.
+    #[error("slots {one} and {other} would have shared memory in common")]
+    SharedTwice {
+        /// A slot.
+        one: SlotId,
+        /// Another one.
+        other: SlotId,
+    },
     /// Frames of memory that never is private are private. Convert them first.
     #[error("memory without a private side at gfns {gfns}, which are private")]
     StillPrivate {

@@ -140,6 +140,15 @@ pub enum SlotError {
         /// The slot.
         id: SlotId,
     },
+    /// They have shared memory in common, and one of them can change state: what a conversion there frees would be missing in
+    /// the other.
+    #[error("slots {one} and {other} have shared memory in common")]
+    SharedTwice {
+        /// A slot.
+        one: SlotId,
+        /// Another one.
+        other: SlotId,
+    },
     /// Every id is taken.
     #[error("no slot id is free below {limit}")]
     NoFreeId {
@@ -229,6 +238,9 @@ impl CvmMemory {
         next.insert(added)?;
         if let Some(slot) = slots.iter().find(|slot| slot.id.as_id != 0) {
             return Err(SlotError::AddressSpace { id: slot.id });
+        }
+        if let Some((one, other)) = next.shared_twice() {
+            return Err(SlotError::SharedTwice { one, other });
         }
         let hull = slots.iter().map(|slot| slot.gfns).reduce(|a, b| a.hull(&b));
         let Some(hull) = hull else { return Ok(Vec::new()) };

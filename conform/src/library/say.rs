@@ -82,7 +82,7 @@ pub(super) fn slot(error: &SlotError) -> String {
         SlotError::Kvm { errno, .. } => format!("region {errno:?}"),
         SlotError::AddressSpace { .. } => "another address space".into(),
         SlotError::Rebound { was, .. } => format!("pages of gfn {was:#x}"),
-        SlotError::Edit(_) | SlotError::Harvest { .. } => error.to_string(),
+        SlotError::Edit(_) | SlotError::Harvest { .. } | SlotError::SharedTwice { .. } => error.to_string(),
     };
     format!("refused, {reason}")
 }

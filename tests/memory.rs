@@ -430,10 +430,10 @@ fn no_memory_is_shared_twice_if_it_can_be_freed() {
         (seed >> 33) % bound
     };
     let (mut refused, mut admitted) = (0, 0);
-    for _ in 0..300 {
+    for _ in 0..600 {
         let backing: Arc<dyn SharedBacking> = Arc::new(SharedMemory::new(MIB).unwrap());
         let parts: Vec<(u64, u64, bool)> =
-            (0..2 + below(4)).map(|_| (below(24), 1 + below(4), below(2) == 0)).collect();
+            (0..2 + below(4)).map(|_| (below(24), 1 + below(9), below(3) == 0)).collect();
         let overlap = |a: &(u64, u64, bool), b: &(u64, u64, bool)| a.0 < b.0 + b.1 && b.0 < a.0 + a.1 && (a.2 || b.2);
         let expected = parts.iter().enumerate().any(|(at, a)| parts[at + 1..].iter().any(|b| overlap(a, b)));
         let slot = |(at, &(page, pages, convertible)): (u64, &(u64, u64, bool)), vm: &SoftVm| SlotSpec {

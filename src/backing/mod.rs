@@ -154,19 +154,18 @@ impl Space {
         let mut slots: Vec<&Memslot> = self.layout.table().slots().collect();
         slots.sort_unstable_by_key(|slot| slot.hva);
         let end = |slot: &Memslot| slot.hva.saturating_add(slot.gfns.bytes());
-        // Of those before: the one that reaches furthest, and the one that does of those that can change state.
+        // Of those before: the one that reaches furthest, and the last that can change state, which no such one reaches beyond.
         let (mut any, mut convertible): (Option<&Memslot>, Option<&Memslot>) = (None, None);
-        let further = |than: Option<&Memslot>, slot: &Memslot| than.is_none_or(|than| end(than) < end(slot));
         for slot in slots {
             let changes = self.is_convertible(slot);
             let before = if changes { any } else { convertible };
             if let Some(before) = before.filter(|before| end(before) > slot.hva) {
                 return Some((before.id, slot.id));
             }
-            if further(any, slot) {
+            if any.is_none_or(|any| end(any) < end(slot)) {
                 any = Some(slot);
             }
-            if changes && further(convertible, slot) {
+            if changes {
                 convertible = Some(slot);
             }
         }

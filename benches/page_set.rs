@@ -1,17 +1,21 @@
 //! The page set beside what one would take instead.
 //!
 //! Every group gives each candidate one turn per round, in fresh random order, so that whatever else the machine does
-//! hits all alike; what counts is the *ratio* to the group's baseline within a round, of which the median is shown.
+//! hits all alike, and times it by what its thread had of the processor. What counts is the *ratio* to the group's
+//! baseline within a round, of which the median is shown.
 //! Every candidate's every page is really written first: a bitmap that was only mapped reads as one cached zero page,
 //! which flatters it 2.6 times.
 //!
-//! An argument picks the groups whose names contain it. `--quick` (and `--test`, which `cargo test --benches` passes) runs everything once, small. `CVM_BENCH_GATE=1` fails
-//! the run if a gate is missed; goals are only printed.
+//! An argument picks the groups whose names contain it (`bytes` and `pairs` too). `--quick` (and `--test`, which
+//! `cargo test --benches` passes) runs everything once, small. `CVM_BENCH_GATE=1` fails the run if a gate is missed;
+//! goals are only printed.
 #![allow(missing_docs)]
 #![allow(clippy::cast_possible_truncation, clippy::cast_precision_loss)] // 64-bit hosts; nanoseconds as f64.
 
 #[path = "page_set/harness.rs"]
 mod harness;
+#[path = "page_set/pairs.rs"]
+mod pairs;
 #[path = "page_set/stores.rs"]
 mod stores;
 
@@ -52,6 +56,9 @@ fn main() -> ExitCode {
     lookups(&mut harness);
     converts(&mut harness);
     iterates(&mut harness);
+    if harness.wants("pairs") {
+        pairs::pairs(&mut harness, &prepared(false));
+    }
     harness.finish()
 }
 
@@ -120,7 +127,7 @@ fn converts(harness: &mut Harness) {
             }
         });
     }
-    let sizes = [("convert_2m", PAGES_PER_2M, 200), ("convert_1g", PAGES_PER_1G, 4), ("convert_tib", PAGES, 1)];
+    let sizes = [("convert_2m", PAGES_PER_2M, 200), ("convert_1g", PAGES_PER_1G, 4), ("convert_tib", PAGES, 4)];
     for (name, pages, ops) in sizes {
         let mut group = Group::new(name, "flat", 2 * ops);
         if pages == PAGES {

@@ -13,7 +13,7 @@ use vm_memory::bitmap::AtomicBitmap;
 
 use crate::harness::Rng;
 
-pub trait Store {
+pub trait Store: Sync {
     fn name(&self) -> &'static str;
     fn set(&self, range: GfnRange, value: bool);
     /// Number of maximal runs of `value`.

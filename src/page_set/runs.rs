@@ -1,7 +1,8 @@
 //! Runs: stretches of pages of one state, found a tag word or a leaf word at a time.
 //!
 //! Beside writers every page is still reported in a state that it had during the iteration, every page exactly once, and
-//! the states of neighbouring runs differ; but the whole is no snapshot.
+//! the states of neighbouring runs differ; but the whole is no snapshot. An iterator remembers what it last loaded, so
+//! what is changed ahead of it while it is held may still be reported as it was.
 
 use crate::addr::{Gfn, GfnRange};
 

@@ -57,42 +57,49 @@ impl Leaf {
         self.chunk(chunk).iter().all(|word| word.load(Ordering::Acquire) == uniform_word(value))
     }
 
-    /// Gives the pages `[first, end)` of one chunk the state `value`.
-    pub(super) fn set(&self, first: u64, end: u64, value: bool) {
+    /// Gives the pages `[first, end)` of one chunk the state `value`. Whether that leaves every page of the words they
+    /// lie in with this state.
+    pub(super) fn set(&self, first: u64, end: u64, value: bool) -> bool {
         let mut page = first;
+        let mut uniform = true;
         while page < end {
-            let Some(word) = self.word_of(page) else { return };
+            let Some(word) = self.word_of(page) else { return false };
             let next = next_word(page);
             let above = u64::MAX.wrapping_shl(bit_of(page));
             let mask = if next <= end { above } else { above & !u64::MAX.wrapping_shl(bit_of(end)) };
             let old = word.load(Ordering::Relaxed);
             let new = if value { old | mask } else { old & !mask };
-            if new != old {
-                word.store(new, Ordering::Release);
-            }
+            // Also if nothing changes: to guess wrong whether it does costs more than the store.
+            word.store(new, Ordering::Release);
+            uniform &= new == uniform_word(value);
             page = next;
         }
+        uniform
     }
 
-    /// The first page from `page` to the end of its chunk whose state is `value`.
+    /// The first page from `page` to the end of its chunk whose state is `value`, and the states from it to the end of
+    /// its word, the page's own lowest.
     #[inline]
-    pub(super) fn find_in_chunk(&self, page: u64, value: bool) -> Option<u64> {
-        let chunk = page >> CHUNK_SHIFT;
-        let mut page = page;
-        while page >> CHUNK_SHIFT == chunk {
-            let wanted = self.word_of(page)?.load(Ordering::Acquire) ^ uniform_word(!value);
-            let wanted = wanted.wrapping_shr(bit_of(page));
+    pub(super) fn find_in_chunk(&self, page: u64, value: bool) -> Option<(u64, u64)> {
+        let first = page >> PAGES_SHIFT;
+        let end = (page >> CHUNK_SHIFT).saturating_add(1) << WORDS_SHIFT;
+        let words = self.0.get(usize::try_from(first).ok()?..usize::try_from(end).ok()?)?;
+        let mut asked = u64::MAX.wrapping_shl(bit_of(page));
+        for (at, word) in (first..).zip(words) {
+            let states = word.load(Ordering::Acquire);
+            let wanted = (states ^ uniform_word(!value)) & asked;
             if wanted != 0 {
-                return Some(page.saturating_add(u64::from(wanted.trailing_zeros())));
+                let bit = wanted.trailing_zeros();
+                return Some((at << PAGES_SHIFT | u64::from(bit), states.wrapping_shr(bit)));
             }
-            page = next_word(page);
+            asked = u64::MAX;
         }
         None
     }
 }
 
 /// The word of 64 pages whose state is `value`.
-const fn uniform_word(value: bool) -> u64 {
+pub(super) const fn uniform_word(value: bool) -> u64 {
     if value { u64::MAX } else { 0 }
 }
 
@@ -102,6 +109,6 @@ const fn bit_of(page: u64) -> u32 {
 }
 
 /// The first page of the word after that of `page`.
-const fn next_word(page: u64) -> u64 {
+pub(super) const fn next_word(page: u64) -> u64 {
     (page | (PAGES_PER_WORD - 1)).saturating_add(1)
 }

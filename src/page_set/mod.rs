@@ -206,8 +206,7 @@ impl PageSet {
                 }
             }
         }
-        self.leaf.set(first, end, value);
-        if self.leaf.is_uniform(chunk, value) {
+        if self.leaf.set(first, end, value) && self.leaf.is_uniform(chunk, value) {
             // Not mixed any more? Then a writer of whole chunks had the last word.
             self.tags.replace(chunk, Tag::Mixed, Tag::Uniform(value));
         }

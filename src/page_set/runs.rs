@@ -1,10 +1,12 @@
 //! Runs: stretches of pages of one state, found a tag word or a leaf word at a time.
 //!
 //! Beside writers every page is still reported in a state that it had during the iteration, every page exactly once, and
-//! the states of neighbouring runs differ; but the whole is no snapshot.
+//! the states of neighbouring runs differ; but the whole is no snapshot. An iterator remembers what it last loaded, so
+//! what is changed ahead of it while it is held may still be reported as it was.
 
 use crate::addr::{Gfn, GfnRange};
 
+use super::leaf::{next_word, uniform_word};
 use super::tags::Tag;
 use super::{CHUNK_SHIFT, PAGES_PER_CHUNK, Pages};
 
@@ -23,27 +25,8 @@ impl Pages {
     /// ```
     #[inline]
     pub fn find(&self, range: GfnRange, value: bool) -> Gfn {
-        let found = self.find_page(range.start().get(), range.end().get(), value);
+        let found = Walk::over(self, range).find(value);
         Gfn::new(found).unwrap_or(range.end()).min(range.end())
-    }
-
-    /// The first page of `[first, end)` whose state is `value`, or something from `end` on.
-    #[inline]
-    fn find_page(&self, first: u64, end: u64, value: bool) -> u64 {
-        let end_chunk = end.div_ceil(PAGES_PER_CHUNK);
-        let mut page = first;
-        while page < end {
-            let chunk = page >> CHUNK_SHIFT;
-            let found = match self.tags.load(chunk) {
-                Tag::Uniform(now) => (now == value).then_some(page),
-                Tag::Mixed => self.leaf.find_in_chunk(page, value),
-            };
-            if let Some(found) = found {
-                return found;
-            }
-            page = self.tags.find_not(chunk.saturating_add(1), end_chunk, !value) << CHUNK_SHIFT;
-        }
-        end
     }
 
     /// Whether every page of `range` is in the set, or none is. `None` if some are, and for an empty range.
@@ -79,12 +62,13 @@ impl Pages {
     pub fn runs(&self, range: GfnRange) -> impl Iterator<Item = (GfnRange, bool)> {
         let (mut page, end) = (range.start().get(), range.end().get());
         let mut value = self.contains(range.start());
+        // `page` has been seen in state `value`: every run has a page, beside writers too.
+        let mut walk = Walk { states: u64::from(value), known: page.saturating_add(1), ..Walk::over(self, range) };
         std::iter::from_fn(move || {
             if page >= end {
                 return None;
             }
-            // `page` has been seen in state `value`: every run has a page, beside writers too.
-            let stop = self.find_page(page.saturating_add(1), end, !value).min(end);
+            let stop = walk.find(!value).min(end);
             let run = run_of(page, stop)?;
             (page, value) = (stop, !value);
             Some((run, !value))
@@ -100,22 +84,80 @@ impl Pages {
     ///
     /// Skips 64 MiB of the wanted state per load, and allocates nothing.
     pub fn differing_runs(&self, range: GfnRange, value: bool) -> impl Iterator<Item = GfnRange> {
-        let (mut page, end) = (range.start().get(), range.end().get());
+        let mut walk = Walk::over(self, range);
+        let end = walk.end;
         std::iter::from_fn(move || {
-            let start = self.find_page(page, end, !value);
+            let start = walk.find(!value);
             if start >= end {
                 return None;
             }
-            let stop = self.find_page(start.saturating_add(1), end, value).min(end);
-            // `stop` has been seen in state `value`: the next run cannot touch this one, beside writers too.
-            page = stop.saturating_add(1);
-            run_of(start, stop)
+            // Where a run stops, the walk has seen the other state: the next cannot touch it, beside writers too.
+            run_of(start, walk.find(value).min(end))
         })
     }
 
     /// Pages of `range` that are in the set.
     pub fn count(&self, range: GfnRange) -> u64 {
         self.member_runs(range).map(|run| run.pages()).fold(0, u64::saturating_add)
+    }
+}
+
+/// A way through a range, page by page upwards, that remembers the states it has loaded: a leaf word's, or a uniform
+/// chunk's, so that runs within them cost no look at the set.
+struct Walk<'a> {
+    pages: &'a Pages,
+    /// Where the walk is.
+    page: u64,
+    /// Where the range ends.
+    end: u64,
+    /// States of the pages `[page, known)`, that of `page` lowest. If there are more than 64, they are all the same.
+    states: u64,
+    known: u64,
+}
+
+impl<'a> Walk<'a> {
+    fn over(pages: &'a Pages, range: GfnRange) -> Self {
+        let page = range.start().get();
+        Self { pages, page, end: range.end().get(), states: 0, known: page }
+    }
+
+    /// Goes on to the first page, from this one, whose state is `value`; or to something from the end of the range on.
+    #[inline]
+    fn find(&mut self, value: bool) -> u64 {
+        let wanted = self.states ^ uniform_word(!value);
+        let bit = wanted.trailing_zeros();
+        let found = self.page.saturating_add(u64::from(bit));
+        if wanted != 0 && found < self.known {
+            (self.page, self.states) = (found, self.states.wrapping_shr(bit));
+        } else {
+            self.load(value);
+        }
+        self.page
+    }
+
+    /// The same, from the first page on whose state is not known.
+    fn load(&mut self, value: bool) {
+        let end_chunk = self.end.div_ceil(PAGES_PER_CHUNK);
+        let mut page = self.known;
+        while page < self.end {
+            let chunk = page >> CHUNK_SHIFT;
+            let next = chunk.saturating_add(1);
+            match self.pages.tags.load(chunk) {
+                Tag::Uniform(now) if now == value => {
+                    (self.page, self.states, self.known) = (page, uniform_word(value), next << CHUNK_SHIFT);
+                    return;
+                }
+                Tag::Uniform(_) => {}
+                Tag::Mixed => {
+                    if let Some((found, states)) = self.pages.leaf.find_in_chunk(page, value) {
+                        (self.page, self.states, self.known) = (found, states, next_word(found));
+                        return;
+                    }
+                }
+            }
+            page = self.pages.tags.find_not(next, end_chunk, !value) << CHUNK_SHIFT;
+        }
+        (self.page, self.known) = (page, page);
     }
 }
 

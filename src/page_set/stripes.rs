@@ -6,21 +6,22 @@ use crate::sync::{Mutex, MutexGuard};
 
 /// log2 of the number of stripes: enough that two of many vCPUs seldom meet, 32 KiB in all.
 const STRIPES_SHIFT: u32 = if cfg!(loom) { 1 } else { 8 };
+const STRIPES: usize = 1 << STRIPES_SHIFT;
 
 /// Two lines, because x86 prefetches them in pairs.
 #[repr(align(128))]
 #[derive(Default)]
 struct Stripe(Mutex<()>);
 
-pub(super) struct Stripes(Box<[Stripe]>);
+pub(super) struct Stripes(Box<[Stripe; STRIPES]>);
 
 impl Stripes {
     pub(super) fn new() -> Self {
-        Self((0..1u32 << STRIPES_SHIFT).map(|_| Stripe(Mutex::new(()))).collect())
+        Self(Box::new(std::array::from_fn(|_| Stripe(Mutex::new(())))))
     }
 
     pub(super) fn bytes(&self) -> usize {
-        size_of_val::<[Stripe]>(&self.0)
+        size_of_val(&*self.0)
     }
 
     /// Keeps every other writer out of the pages of `chunk`'s leaf. Nobody holds two, so no order is needed.

@@ -96,20 +96,23 @@ impl Tags {
         }
     }
 
-    /// The first chunk from `chunk` on whose tag is not `Uniform(value)`, or some chunk from `end` on. One step per word.
+    /// The first chunk of `[chunk, end)` whose tag is not `Uniform(value)`, or some chunk from `end` on. One load per word.
     #[inline]
     pub(super) fn find_not(&self, chunk: u64, end: u64, value: bool) -> u64 {
-        let mut chunk = chunk;
-        while chunk < end {
-            let Some(word) = self.word_of(chunk) else { return if value { chunk } else { end } };
-            let differ = word.load(Ordering::Acquire) ^ uniform_word(value);
-            let differ = ((differ | (differ >> 1)) & LOW_BITS).wrapping_shr(shift_of(chunk));
+        let first = chunk >> CHUNKS_SHIFT;
+        let words = usize::try_from(first).ok().and_then(|first| self.0.get(first..)).unwrap_or_default();
+        let last = end.div_ceil(CHUNKS_PER_WORD);
+        let mut asked = u64::MAX.wrapping_shl(shift_of(chunk));
+        for (at, word) in (first..last).zip(words) {
+            let differ = (word.load(Ordering::Acquire) ^ uniform_word(value)) & asked;
             if differ != 0 {
-                return chunk.saturating_add(u64::from(differ.trailing_zeros() >> 1));
+                return at << CHUNKS_SHIFT | u64::from(differ.trailing_zeros() >> 1);
             }
-            chunk = (chunk | (CHUNKS_PER_WORD - 1)).saturating_add(1);
+            asked = u64::MAX;
         }
-        chunk
+        // Beyond the last word no chunk has a page in the set.
+        let beyond = chunk.max(u64::try_from(self.0.len()).unwrap_or(u64::MAX) << CHUNKS_SHIFT);
+        if value { beyond.min(end) } else { end }
     }
 
     /// Chunks whose leaf is in use.

@@ -11,7 +11,7 @@ use cvm_memory::hypervisor::{Cap, Hypervisor, MemoryAttributes, MemoryRegion, Pl
 use cvm_memory::layout::{BindError, LayoutError, SlotFlags, SlotId};
 use cvm_memory::memory::{AccessError, BuildError, Builder, CvmMemory, Materialise, SlotError, SlotSpec};
 use cvm_memory::soft::SoftVm;
-use cvm_memory_testkit::{Call, Recorder};
+use cvm_memory_testkit::{Call, Recorder, gfn};
 use nix::errno::Errno;
 
 const MIB: u64 = 1 << 20;
@@ -60,10 +60,6 @@ fn slot(file: &Arc<GuestMemfd>, gpa: u64, size: u64, page: u64) -> SlotSpec {
         private: Some((Arc::clone(file), FilePage::new(page).unwrap())),
         flags: SlotFlags::empty(),
     }
-}
-
-fn gfn(n: u64) -> Gfn {
-    Gfn::new(n).unwrap()
 }
 
 #[test]

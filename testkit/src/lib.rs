@@ -3,6 +3,7 @@
 //!
 //! Not part of the library: everything here panics where a test would.
 
+pub mod frames;
 pub mod guest;
 pub mod kvm_guest;
 pub mod recorder;
@@ -10,6 +11,7 @@ pub mod skip;
 pub mod snp;
 pub mod soft_guest;
 
+pub use frames::{file_pages, gfn, gfns};
 pub use guest::{Guest, GuestOp, Outcome};
 pub use kvm_guest::{KvmGuest, Placement, RealModeGuest};
 pub use recorder::{Call, Recorder};

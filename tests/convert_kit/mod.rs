@@ -1,13 +1,13 @@
 //! What the tests of conversions share: a VM's memory on a software KVM whose every mechanism writes down what it is asked
 //! for and fails on demand, and a check that record, KVM and listeners agree.
-#![allow(dead_code, reason = "each test file uses its own part")]
+#![allow(dead_code, unused_imports, reason = "each test file uses its own part")]
 #![allow(unsafe_code, reason = "wraps a backing that is vouched for already")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use cvm_memory::addr::{FilePage, Gfn, GfnRange, PAGE_SIZE};
+use cvm_memory::addr::{FilePage, GfnRange, PAGE_SIZE};
 use cvm_memory::backing::{SharedBacking, SharedMemory, SharedPiece, SharedSlice};
 use cvm_memory::convert::{
     ConvertError, ConvertOptions, DiscardPolicy, Listener, ListenerError, Outcome, PinPolicy, Request, SharedRun, State,
@@ -18,15 +18,8 @@ use cvm_memory::layout::SlotFlags;
 use cvm_memory::memory::{CvmMemory, Materialise, SlotSpec};
 use cvm_memory::soft::{GuestOp, OpResult, SoftVcpu, SoftVm};
 use cvm_memory_testkit::{Call, Recorder};
+pub use cvm_memory_testkit::{gfn, gfns};
 use nix::errno::Errno;
-
-pub fn gfn(n: u64) -> Gfn {
-    Gfn::new(n).unwrap()
-}
-
-pub fn gfns(start: u64, end: u64) -> GfnRange {
-    GfnRange::new(gfn(start), gfn(end)).unwrap()
-}
 
 pub fn frames(range: &GfnRange) -> Range<u64> {
     range.start().get()..range.end().get()

@@ -1,5 +1,5 @@
 //! What the tests of edits share: guests that pass the gate, and somebody who keeps dirty bits.
-#![allow(dead_code, reason = "each test file uses its own part")]
+#![allow(dead_code, unused_imports, reason = "each test file uses its own part")]
 
 pub mod random;
 
@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use cvm_memory::addr::{Gfn, GfnRange};
+use cvm_memory::addr::GfnRange;
 use cvm_memory::backing::{SharedBacking, SharedMemory, SharedSlice};
 use cvm_memory::convert::{Listener, ListenerError, Request, SharedRun, State as PageState};
 use cvm_memory::edit::{Harvest, Prefer, Step};
@@ -19,6 +19,7 @@ use cvm_memory::layout::{Memslot, SlotFlags};
 use cvm_memory::memory::{CommitOptions, Committed, CvmMemory, SlotSpec};
 use cvm_memory::soft::{ImmediateExit, SlotInfo, SoftVm};
 use cvm_memory_testkit::{Call, Guest, GuestOp, Outcome, Recorder, kvm_guest};
+pub use cvm_memory_testkit::{gfn, gfns};
 use nix::errno::Errno;
 
 /// Ends what others do until then when it goes, by a panic too.
@@ -32,14 +33,6 @@ impl Drop for Done<'_> {
 
 pub const PAGE: u64 = 4096;
 pub const MIB: u64 = 1 << 20;
-
-pub fn gfn(n: u64) -> Gfn {
-    Gfn::new(n).unwrap()
-}
-
-pub fn gfns(start: u64, end: u64) -> GfnRange {
-    GfnRange::new(gfn(start), gfn(end)).unwrap()
-}
 
 pub fn slice(size: u64) -> SharedSlice {
     SharedSlice { backing: Arc::new(SharedMemory::new(size).unwrap()), offset: 0 }

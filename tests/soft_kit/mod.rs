@@ -1,16 +1,17 @@
 //! What the tests of the software KVM share: memory to give to a guest, short words for ioctls, and a vCPU that finishes.
-#![allow(dead_code, reason = "each test file uses its own part")]
+#![allow(dead_code, unused_imports, reason = "each test file uses its own part")]
 #![allow(unsafe_code, reason = "slots are given to a guest here, over memory that is never freed")]
 
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use cvm_memory::addr::{FilePage, FileRange, Gfn, GfnRange};
+use cvm_memory::addr::GfnRange;
 use cvm_memory::gmem::GuestMemfd;
 use cvm_memory::hypervisor::{
     Exit, Hypervisor, MEMORY_ATTRIBUTE_PRIVATE, MemoryAttributes, MemoryFault, MemoryRegion, Vcpu,
 };
 use cvm_memory::soft::{GuestOp, OpResult, SoftVcpu, SoftVm};
+pub use cvm_memory_testkit::{file_pages, gfn, gfns};
 use nix::errno::Errno;
 
 pub const PAGE: u64 = 4096;
@@ -58,18 +59,6 @@ impl Ram {
     fn cell(self, offset: u64) -> &'static AtomicU8 {
         &self.0[usize::try_from(offset / PAGE).unwrap()].0[usize::try_from(offset % PAGE).unwrap()]
     }
-}
-
-pub fn gfn(n: u64) -> Gfn {
-    Gfn::new(n).unwrap()
-}
-
-pub fn gfns(start: u64, end: u64) -> GfnRange {
-    GfnRange::new(gfn(start), gfn(end)).unwrap()
-}
-
-pub fn file_pages(start: u64, end: u64) -> FileRange {
-    FileRange::new(FilePage::new(start).unwrap(), FilePage::new(end).unwrap()).unwrap()
 }
 
 pub fn fd(file: &GuestMemfd) -> RawFd {

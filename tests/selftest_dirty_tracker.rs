@@ -27,7 +27,7 @@ use cvm_memory::soft::SoftVm;
 use cvm_memory_testkit::kvm_guest::is_emulated;
 use cvm_memory_testkit::skip::require;
 use cvm_memory_testkit::{Guest, GuestOp, Outcome};
-use edit_kit::{FEW, KvmKick, SoftKick, plain};
+use edit_kit::{Done, FEW, plain};
 use nix::errno::Errno;
 use selftest_kit::{Machine, PAGE, on_both_machines};
 
@@ -51,13 +51,13 @@ trait Kicked: Machine {
 
 impl Kicked for SoftVm {
     fn kick(guest: &Self::Guest) -> Arc<dyn Kick> {
-        Arc::new(SoftKick(guest.vcpu().immediate_exit()))
+        Arc::new(guest.kick())
     }
 }
 
 impl Kicked for KvmVm {
     fn kick(guest: &Self::Guest) -> Arc<dyn Kick> {
-        Arc::new(KvmKick(guest.kick()))
+        Arc::new(guest.kick())
     }
 }
 
@@ -235,7 +235,7 @@ impl<M: Kicked> World<M> {
             let stop = AtomicBool::new(false);
             thread::scope(|scope| {
                 // Also should this thread panic.
-                let _stopped = Stop(&stop);
+                let _stopped = Done(&stop);
                 let guests: Vec<_> = (0..self.guests.len())
                     .map(|id| {
                         scope.spawn({
@@ -299,15 +299,6 @@ impl<M: Kicked> World<M> {
             assert!(copied <= written + again, "{copied} pages copied, {written} written, {again} perhaps twice");
         }
         assert!(copied > 0 && edits == (edited > 0));
-    }
-}
-
-/// Ends the writing when it goes.
-struct Stop<'a>(&'a AtomicBool);
-
-impl Drop for Stop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Release);
     }
 }
 

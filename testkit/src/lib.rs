@@ -16,4 +16,4 @@ pub use guest::{Guest, GuestOp, Outcome};
 pub use kvm_guest::{KvmGuest, Placement, RealModeGuest};
 pub use recorder::{Call, Recorder};
 pub use skip::{kvm, private_kvm};
-pub use soft_guest::SoftGuest;
+pub use soft_guest::{SoftGuest, SoftKick};

@@ -17,8 +17,8 @@ use cvm_memory::hypervisor::Exit;
 use cvm_memory::hypervisor::kvm::KvmVm;
 use cvm_memory::layout::{Memslot, SlotFlags};
 use cvm_memory::memory::{CommitOptions, Committed, CvmMemory, SlotSpec};
-use cvm_memory::soft::{ImmediateExit, SlotInfo, SoftVm};
-use cvm_memory_testkit::{Call, Guest, GuestOp, Outcome, Recorder, kvm_guest};
+use cvm_memory::soft::{SlotInfo, SoftVm};
+use cvm_memory_testkit::{Call, Guest, GuestOp, Outcome, Recorder};
 pub use cvm_memory_testkit::{gfn, gfns};
 use nix::errno::Errno;
 
@@ -141,32 +141,6 @@ pub fn region_calls(vm: &Vm) -> Vec<(u32, u64)> {
     let region =
         |call: Call| if let Call::SetUserMemoryRegion2(r) = call { Some((r.slot, r.memory_size)) } else { None };
     vm.take().into_iter().filter_map(region).collect()
-}
-
-/// How each kind of guest is got out of a run.
-#[derive(Debug)]
-pub struct SoftKick(pub ImmediateExit);
-
-impl Kick for SoftKick {
-    fn entering(&self) {
-        self.0.set(false);
-    }
-
-    fn kick(&self) {
-        self.0.set(true);
-    }
-}
-
-/// A kick that has come too late makes the next run fail once; so nothing needs to be forgotten.
-#[derive(Debug)]
-pub struct KvmKick(pub kvm_guest::Kick);
-
-impl Kick for KvmKick {
-    fn entering(&self) {}
-
-    fn kick(&self) {
-        self.0.kick();
-    }
 }
 
 /// A vCPU with everything a VMM's thread has: the gate, and what handles exits.

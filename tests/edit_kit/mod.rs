@@ -1,5 +1,5 @@
 //! What the tests of edits share: guests that pass the gate, and somebody who keeps dirty bits.
-#![allow(dead_code, unused_imports, reason = "each test file uses its own part")]
+#![allow(dead_code, reason = "each test file uses its own part")]
 
 pub mod random;
 
@@ -18,7 +18,8 @@ use cvm_memory::hypervisor::kvm::KvmVm;
 use cvm_memory::layout::{Memslot, SlotFlags};
 use cvm_memory::memory::{CommitOptions, Committed, CvmMemory, SlotSpec};
 use cvm_memory::soft::{SlotInfo, SoftVm};
-use cvm_memory_testkit::{Call, Guest, GuestOp, Outcome, Recorder};
+use cvm_memory_testkit::{Call, Guest, GuestOp, Mapped, Outcome, Recorder};
+#[allow(unused_imports, reason = "each test file uses its own part")]
 pub use cvm_memory_testkit::{gfn, gfns};
 use nix::errno::Errno;
 
@@ -89,7 +90,7 @@ pub fn share(memory: &CvmMemory, start: u64, end: u64) {
 /// Who maps shared memory: what it has, and how often it was told.
 #[derive(Debug, Default)]
 pub struct Device {
-    pub mapped: Mutex<BTreeMap<u64, u64>>,
+    pub mapped: Mapped,
     pub told: Mutex<Vec<(bool, u64, u64)>>,
     /// Fails to map this frame.
     pub broken: Mutex<Option<u64>>,
@@ -101,21 +102,13 @@ impl Listener for Device {
             return Err(Errno::ENOSPC.into());
         }
         self.told.lock().unwrap().push((true, run.gfns.start().get(), run.gfns.end().get()));
-        for piece in &run.pieces {
-            for (page, at) in piece.gfns.iter().zip(0..) {
-                let before = self.mapped.lock().unwrap().insert(page.get(), piece.hva + at * PAGE);
-                assert_eq!(before, None, "{page} mapped twice");
-            }
-        }
+        self.mapped.map(run);
         Ok(())
     }
 
     fn unmap(&self, run: &SharedRun) {
         self.told.lock().unwrap().push((false, run.gfns.start().get(), run.gfns.end().get()));
-        for page in run.gfns {
-            let before = self.mapped.lock().unwrap().remove(&page.get());
-            assert!(before.is_some() || std::thread::panicking(), "{page} was not mapped");
-        }
+        self.mapped.unmap(run);
     }
 }
 

@@ -1,5 +1,5 @@
 //! What the tests of the software KVM share: memory to give to a guest, short words for ioctls, and a vCPU that finishes.
-#![allow(dead_code, unused_imports, reason = "each test file uses its own part")]
+#![allow(dead_code, reason = "each test file uses its own part")]
 #![allow(unsafe_code, reason = "slots are given to a guest here, over memory that is never freed")]
 
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -11,6 +11,7 @@ use cvm_memory::hypervisor::{
     Exit, Hypervisor, MEMORY_ATTRIBUTE_PRIVATE, MemoryAttributes, MemoryFault, MemoryRegion, Vcpu,
 };
 use cvm_memory::soft::{GuestOp, OpResult, SoftVcpu, SoftVm};
+#[allow(unused_imports, reason = "each test file uses its own part")]
 pub use cvm_memory_testkit::{file_pages, gfn, gfns};
 use nix::errno::Errno;
 

@@ -1,5 +1,5 @@
 //! What the tests of TDs share: a TD with memory that can run, and guests that finish what they are told.
-#![allow(dead_code, unused_imports, reason = "each test file uses its own part")]
+#![allow(dead_code, reason = "each test file uses its own part")]
 #![allow(unsafe_code, reason = "slots are made here without shared memory, or over memory that is never freed")]
 
 use std::os::fd::{AsFd, AsRawFd};
@@ -15,6 +15,7 @@ use cvm_memory_tdx::mechanism::{InitVm, TdVcpu, TdVm};
 use cvm_memory_tdx::model::sept::SeptState;
 use cvm_memory_tdx::model::{SoftTd, SoftTdVcpu, op};
 use cvm_memory_tdx::width::Width;
+#[allow(unused_imports, reason = "each test file uses its own part")]
 pub use cvm_memory_testkit::{gfn, gfns};
 use nix::errno::Errno;
 

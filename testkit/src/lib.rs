@@ -4,6 +4,7 @@
 //! Not part of the library: everything here panics where a test would.
 
 pub mod devices;
+pub mod error;
 pub mod frames;
 pub mod guest;
 pub mod kvm_guest;
@@ -13,6 +14,7 @@ pub mod snp;
 pub mod soft_guest;
 
 pub use devices::{Mapped, WatchedMemory};
+pub use error::chain;
 pub use frames::{file_pages, gfn, gfns};
 pub use guest::{Guest, GuestOp, Outcome};
 pub use kvm_guest::{KvmGuest, Placement, RealModeGuest};

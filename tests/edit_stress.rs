@@ -15,8 +15,8 @@ use cvm_memory::hypervisor::{Hypervisor, Platform};
 use cvm_memory::layout::SlotFlags;
 use cvm_memory::memory::{CommitOptions, CvmMemory, EditError};
 use cvm_memory::soft::SoftVm;
-use cvm_memory_testkit::{Guest, GuestOp, KvmGuest, Outcome, SoftGuest, kvm, private_kvm};
-use edit_kit::random::{ALL, Numbers, USED, edit_something, transactions};
+use cvm_memory_testkit::{Guest, GuestOp, KvmGuest, Numbers, Outcome, SoftGuest, kvm, private_kvm};
+use edit_kit::random::{ALL, USED, edit_something, transactions};
 use edit_kit::{Bits, Done, PAGE, Runner, gfns, plain, slice};
 
 /// What one vCPU does: writes its pages with a value that grows, and finds it there again. Even pages are its private ones.

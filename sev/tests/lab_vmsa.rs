@@ -19,8 +19,8 @@ use cvm_memory::hypervisor::{Hypervisor as _, MemoryRegion};
 use cvm_memory::memory::{CommitOptions, CvmMemory, EditError};
 use cvm_memory::soft::{GuestOp as Step, OpResult};
 use cvm_memory_testkit::snp::{Emulation, SnpGuest, SnpVcpu};
-use cvm_memory_testkit::{Guest as _, GuestOp, Outcome};
-use edit_kit::random::{ALL, Numbers, USED, edit_something, transactions};
+use cvm_memory_testkit::{Guest as _, GuestOp, Numbers, Outcome};
+use edit_kit::random::{ALL, USED, edit_something, transactions};
 use edit_kit::{Done, PAGE, Runner, gfns};
 use lab::{CREATE, DESTROY, Lab, NoEntry, launched};
 

@@ -15,7 +15,7 @@ use cvm_memory::gmem::GuestMemfd;
 use cvm_memory::hypervisor::{Exit, Hypervisor, MEMORY_ATTRIBUTE_PRIVATE, Vcpu};
 use cvm_memory::layout::SlotFlags;
 use cvm_memory::memory::{CvmMemory, Materialise, SlotSpec};
-use cvm_memory::soft::{GuestOp, OpResult, SoftVcpu, SoftVm};
+use cvm_memory::soft::{GuestOp, OpResult, SoftVm};
 use cvm_memory_testkit::{Call, Mapped, Recorder, WatchedMemory};
 #[allow(unused_imports, reason = "each test file uses its own part")]
 pub use cvm_memory_testkit::{gfn, gfns};
@@ -345,43 +345,28 @@ impl World {
         }
     }
 
-    /// Runs `op` to its end.
-    fn finish(vcpu: &mut SoftVcpu, op: GuestOp) -> OpResult {
-        vcpu.start(op);
-        let exit = vcpu.run();
-        assert!(matches!(exit, Ok(Exit::Halt)), "{exit:?}");
-        vcpu.take_result().unwrap()
-    }
-
-    /// The guest fills pages, each accessed as it is declared.
+    /// The guest goes through pages, each accessed as it is declared, with what `op` makes of frame, address and privacy.
     #[track_caller]
-    pub fn guest_fill(&self, gfns: impl IntoIterator<Item = u64>, byte: impl Fn(u64) -> u8) {
+    fn guest_does(&self, gfns: impl IntoIterator<Item = u64>, op: impl Fn(u64, u64, bool) -> GuestOp) {
         let mut vcpu = self.vm.create_vcpu();
         let declared = self.declared();
         for gfn in gfns {
-            let op = GuestOp::Fill {
-                gpa: gfn * PAGE_SIZE,
-                len: PAGE_SIZE,
-                byte: byte(gfn),
-                private: declared.contains(&gfn),
-            };
-            assert_eq!(Self::finish(&mut vcpu, op), OpResult::Done);
+            vcpu.start(op(gfn, gfn * PAGE_SIZE, declared.contains(&gfn)));
+            let exit = vcpu.run();
+            assert!(matches!(exit, Ok(Exit::Halt)), "{exit:?}");
+            assert_eq!(vcpu.take_result(), Some(OpResult::Done), "gfn {gfn:#x}");
         }
+    }
+
+    /// The guest fills pages.
+    #[track_caller]
+    pub fn guest_fill(&self, gfns: impl IntoIterator<Item = u64>, byte: impl Fn(u64) -> u8) {
+        self.guest_does(gfns, |gfn, gpa, private| GuestOp::Fill { gpa, len: PAGE_SIZE, byte: byte(gfn), private });
     }
 
     /// The guest finds this in its pages.
     #[track_caller]
     pub fn guest_check(&self, gfns: impl IntoIterator<Item = u64>, byte: impl Fn(u64) -> u8) {
-        let mut vcpu = self.vm.create_vcpu();
-        let declared = self.declared();
-        for gfn in gfns {
-            let op = GuestOp::Check {
-                gpa: gfn * PAGE_SIZE,
-                len: PAGE_SIZE,
-                byte: byte(gfn),
-                private: declared.contains(&gfn),
-            };
-            assert_eq!(Self::finish(&mut vcpu, op), OpResult::Done, "gfn {gfn:#x}");
-        }
+        self.guest_does(gfns, |gfn, gpa, private| GuestOp::Check { gpa, len: PAGE_SIZE, byte: byte(gfn), private });
     }
 }

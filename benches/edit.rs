@@ -23,30 +23,12 @@ use cvm_memory::edit::{self, Draft, Operation, Prefer, Region, plan};
 use cvm_memory::layout::{Layout, Limits, Memslot, SlotFlags, SlotId};
 use cvm_memory::memory::{CommitOptions, CvmMemory, Edit, EditError, SlotSpec};
 use cvm_memory::soft::SoftVm;
+use cvm_memory_benches::{Rng, is_quick, median, ratio, verdict};
 use rangemap::RangeMap;
 
 const SLOTS: u64 = 8_000;
 const EACH: u64 = 5_000;
 const PAGES: u64 = 16;
-
-/// xorshift64.
-struct Rng(u64);
-
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    fn shuffle<T>(&mut self, list: &mut [T]) {
-        for last in (1..list.len()).rev() {
-            let other = usize::try_from(self.next() % (last as u64 + 1)).expect("an index");
-            list.swap(last, other);
-        }
-    }
-}
 
 /// Slot `at` of a layout in which every other place is free.
 fn region(at: u64, host: u64) -> Region {
@@ -96,11 +78,6 @@ fn with_rangemap(before: &RangeMap<u64, u64>, operations: &[Operation]) -> usize
     gone.count() + come.count()
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
-}
-
 fn timed<T>(work: impl FnOnce() -> T) -> f64 {
     let start = Instant::now();
     black_box(work());
@@ -112,7 +89,7 @@ const GOALS: (f64, f64) = (5.0, 6.0);
 
 /// Returns whether the goals were reached.
 fn planning(rounds: usize) -> bool {
-    let mut rng = Rng(88_172_645_463_325_252);
+    let mut rng = Rng::new(1);
     let slots = (0..SLOTS).map(|at| region(2 * at, HOST).slot(SlotId::new(u16::try_from(at).expect("an id"))));
     let layout = Layout::from_slots(Limits::default(), [], slots).expect("a layout");
     let map: RangeMap<u64, u64> =
@@ -143,7 +120,6 @@ fn planning(rounds: usize) -> bool {
         }
     }
     let [sorted, planned, mapped, whole] = &times;
-    let ratio = |a: &[f64], b: &[f64]| median(a.iter().zip(b).map(|(a, b)| a / b).collect());
     println!("{} operations over {SLOTS} slots, {steps} calls planned; ns per operation, median and best:", 2 * EACH);
     for (name, times) in
         [("sort_unstable", sorted), ("edit::steps", planned), ("rangemap", mapped), ("edit::plan", whole)]
@@ -216,9 +192,7 @@ fn keep_memory() {
 
 fn main() -> ExitCode {
     keep_memory();
-    let quick = std::env::args().any(|arg| arg == "--quick" || arg == "--test");
-    let met = planning(if quick { 3 } else { 200 });
+    let met = planning(if is_quick() { 3 } else { 200 });
     counts();
-    let strict = std::env::var("CVM_BENCH_GATE").is_ok_and(|value| value == "1");
-    if strict && !quick && !met { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+    verdict(met)
 }

@@ -23,7 +23,8 @@ use std::hint::black_box;
 use std::process::ExitCode;
 
 use cvm_memory::addr::{Gfn, GfnRange, PAGES_PER_1G, PAGES_PER_2M};
-use harness::{Group, Harness, Rng};
+use cvm_memory_benches::Rng;
+use harness::{Group, Harness};
 use stores::Store;
 
 /// 1 TiB of guest.

@@ -16,7 +16,7 @@ use cvm_memory::addr::{Gfn, GfnRange, PAGE_SIZE, PAGES_PER_1G};
 use cvm_memory::edit::Region;
 use cvm_memory::layout::{Layout, Limits, Memslot, SlotFlags, SlotId};
 use cvm_memory::page_set::PageSet;
-use nix::time::{ClockId, clock_gettime};
+use cvm_memory_benches::{Rng, is_quick, median, processor_time, ratio};
 use rangemap::RangeMap;
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap};
 
@@ -25,22 +25,6 @@ const PAGES: u64 = 1024 * PAGES_PER_1G;
 const HOST: u64 = 1 << 40;
 /// Pages of the hot case.
 const HOT: u64 = 4096;
-
-/// xorshift64.
-struct Rng(u64);
-
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    fn below(&mut self, bound: u64) -> u64 {
-        ((u128::from(self.next()) * u128::from(bound)) >> 64) as u64
-    }
-}
 
 fn gfns(first: u64, pages: u64) -> GfnRange {
     GfnRange::with_len(Gfn::new(first).expect("a frame"), pages).expect("a range")
@@ -52,14 +36,13 @@ fn gfn(page: u64) -> Gfn {
 
 /// Nanoseconds of `looks` lookups below `span`, each waiting for the one before.
 fn chase(span: u64, looks: u64, seed: u64, mut lookup: impl FnMut(u64) -> u64) -> f64 {
-    let now = || clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).expect("a clock");
-    let (mut rng, start) = (Rng(seed | 1), now());
+    let (mut rng, start) = (Rng::new(seed), processor_time());
     for _ in 0..looks {
         let page = rng.below(span);
-        rng.0 ^= black_box(lookup(page)) & 1;
+        rng.mix(black_box(lookup(page)) & 1 == 1);
     }
     black_box(rng.next());
-    std::time::Duration::from(now() - start).as_nanos() as f64 / looks as f64
+    (processor_time() - start).as_nanos() as f64 / looks as f64
 }
 
 const NAMES: [&str; 5] = ["floor", "slot", "slot + state", "vm-memory atomic", "rangemap + arc-swap"];
@@ -68,11 +51,6 @@ const SLOT: usize = 1;
 const BOTH: usize = 2;
 const ATOMIC: usize = 3;
 const LOCKED: usize = 4;
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
-}
 
 /// What each candidate took in each round.
 fn measure(slots: u64, span: u64, rounds: usize, looks: u64) -> [Vec<f64>; 5] {
@@ -92,7 +70,7 @@ fn measure(slots: u64, span: u64, rounds: usize, looks: u64) -> [Vec<f64>; 5] {
     let set = PageSet::new(PAGES).expect("a set");
     let mut map = RangeMap::from_iter([(0..PAGES, true)]);
     set.insert(gfns(0, PAGES)).expect("within");
-    let mut rng = Rng(7);
+    let mut rng = Rng::new(7);
     let scattered = (0..2048).map(|_| gfns(rng.below(PAGES), 1));
     for shared in scattered.chain([gfns(3 * PAGES_PER_1G, PAGES_PER_1G)]) {
         set.remove(shared).expect("within");
@@ -104,9 +82,7 @@ fn measure(slots: u64, span: u64, rounds: usize, looks: u64) -> [Vec<f64>; 5] {
     let mut times: [Vec<f64>; 5] = Default::default();
     for round in 0..=rounds {
         let mut order = [FLOOR, SLOT, BOTH, ATOMIC, LOCKED];
-        for last in (1..order.len()).rev() {
-            order.swap(last, rng.below(last as u64 + 1) as usize);
-        }
+        rng.shuffle(&mut order);
         let seed = rng.next();
         for candidate in order {
             let mut cache = Cache::<&ArcSwap<Layout>, Arc<Layout>>::new(&layout);
@@ -139,8 +115,7 @@ fn measure(slots: u64, span: u64, rounds: usize, looks: u64) -> [Vec<f64>; 5] {
 }
 
 fn main() {
-    let quick = std::env::args().any(|arg| arg == "--quick" || arg == "--test");
-    let (rounds, looks) = if quick { (1, 1_000) } else { (21, 200_000) };
+    let (rounds, looks) = if is_quick() { (1, 1_000) } else { (21, 200_000) };
     let translate = (SLOT, ATOMIC, 1.0 / 4.0);
     for (slots, span, goals) in [
         (8, HOT, vec![(BOTH, FLOOR, 2.6), (BOTH, LOCKED, 1.0 / 2.5), translate]),
@@ -154,7 +129,7 @@ fn main() {
             println!("  {name:<20} {:>8.1} {best:>8.1}", median(times.clone()));
         }
         for (ours, peer, most) in goals {
-            let ratio = median(times[ours].iter().zip(&times[peer]).map(|(a, b)| a / b).collect());
+            let ratio = ratio(&times[ours], &times[peer]);
             let verdict = if ratio <= most { "held" } else { "MISSED" };
             println!("  goal {verdict}: {} / {} = {ratio:.3}, at most {most:.3}", NAMES[ours], NAMES[peer]);
         }

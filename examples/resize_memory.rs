@@ -25,36 +25,14 @@ use cvm_memory::hypervisor::kvm::KvmVm;
 use cvm_memory::hypervisor::{Exit, Hypervisor, Platform};
 use cvm_memory::layout::SlotFlags;
 use cvm_memory::memory::{CommitOptions, CvmMemory, SlotSpec};
-use cvm_memory::soft::{ImmediateExit, SoftVm};
-use cvm_memory_testkit::{Guest, GuestOp, KvmGuest, Outcome, SoftGuest, kvm_guest};
+use cvm_memory::soft::SoftVm;
+use cvm_memory_testkit::{Guest, GuestOp, KvmGuest, Outcome, SoftGuest};
 use nix::errno::Errno;
 
 const BLOCK: u64 = 2 << 20;
 const PAGE: u64 = 4096;
 
 type Error = Box<dyn std::error::Error>;
-
-#[derive(Debug)]
-struct SoftKick(ImmediateExit);
-
-impl Kick for SoftKick {
-    fn entering(&self) {
-        self.0.set(false);
-    }
-    fn kick(&self) {
-        self.0.set(true);
-    }
-}
-
-#[derive(Debug)]
-struct KvmKick(kvm_guest::Kick);
-
-impl Kick for KvmKick {
-    fn entering(&self) {}
-    fn kick(&self) {
-        self.0.kick();
-    }
-}
 
 /// What host and guest tell each other, in blocks.
 #[derive(Debug, Default)]
@@ -177,13 +155,13 @@ fn main() -> ExitCode {
     let result = if let Some(vm) = kvm {
         println!("on /dev/kvm");
         let guest = KvmGuest::new(&vm, 0);
-        let kick = Arc::new(KvmKick(guest.kick()));
+        let kick = Arc::new(guest.kick());
         run(Arc::new(vm), guest, kick, blocks)
     } else {
         println!("on the software KVM");
         let vm = SoftVm::default_type();
         let guest = SoftGuest::new(&vm);
-        let kick = Arc::new(SoftKick(guest.vcpu().immediate_exit()));
+        let kick = Arc::new(guest.kick());
         run(Arc::new(vm), guest, kick, blocks)
     };
     match result {

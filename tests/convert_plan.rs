@@ -3,12 +3,13 @@
 mod convert_kit;
 
 use convert_kit::*;
-use cvm_memory::addr::{FilePage, FileRange, GfnRange};
+use cvm_memory::addr::GfnRange;
 use cvm_memory::convert::{
     DiscardPolicy, Plan, PrivateDiscard, Refusal, Request, Rules, SharedDiscard, Snapshot, State, Step, admit, plan,
     plan_materialise,
 };
 use cvm_memory::layout::SlotId;
+use cvm_memory_testkit::file_pages;
 
 use State::{Private, Shared};
 
@@ -18,10 +19,6 @@ const RULES: Rules = Rules { discard: DiscardPolicy::Immediate, chunk: 1 << 14, 
 fn world(own_backings: bool) -> World {
     let slots = vec![(16, 16), (32, 16), (64, 16)];
     World::new(&Config { slots, plain: vec![(80, 4)], own_backings, listeners: 0, ..Config::default() })
-}
-
-fn file_pages(start: u64, end: u64) -> FileRange {
-    FileRange::new(FilePage::new(start).unwrap(), FilePage::new(end).unwrap()).unwrap()
 }
 
 fn slot(id: u16) -> SlotId {

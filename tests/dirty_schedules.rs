@@ -17,10 +17,10 @@ use std::time::Duration;
 
 use cvm_memory::backing::{SharedBacking, SharedMemory};
 use cvm_memory::dirty::{Clearing, DirtyBitmap, Mechanism, Offer, Stage, SyncError, SyncReport, Tracker, Unloggable};
-use cvm_memory::gate::{Gate, Kick};
+use cvm_memory::gate::Gate;
 use cvm_memory::hypervisor::{Cap, Exit, MemoryRegion, Vcpu};
 use cvm_memory::layout::{Layout, Limits, Memslot, SlotFlags, SlotId};
-use cvm_memory::soft::{ImmediateExit, SoftVm};
+use cvm_memory::soft::SoftVm;
 use cvm_memory_testkit::{Guest, GuestOp, SoftGuest};
 use nix::errno::Errno;
 use shuttle::scheduler::RandomScheduler;
@@ -35,19 +35,6 @@ const GFN: u64 = 0x100;
 const PAGES: u64 = 256;
 /// Pages that are written at first, so that a ring gets full soon: it has room for 192.
 const BEFORE: u64 = 190;
-
-#[derive(Debug)]
-struct SoftKick(ImmediateExit);
-
-impl Kick for SoftKick {
-    fn entering(&self) {
-        self.0.set(false);
-    }
-
-    fn kick(&self) {
-        self.0.set(true);
-    }
-}
 
 struct World {
     vm: SoftVm,
@@ -95,7 +82,7 @@ impl World {
 
     /// A number into each of the pages.
     fn write(&self, guest: &mut SoftGuest, pages: impl IntoIterator<Item = u64>) {
-        let pass = Gate::register(&self.gate, Arc::new(SoftKick(guest.vcpu().immediate_exit())));
+        let pass = Gate::register(&self.gate, Arc::new(guest.kick()));
         for page in pages {
             let value = self.written.fetch_add(1, Ordering::Relaxed) + 1;
             guest.start(GuestOp::Write { gpa: (GFN + page) * PAGE, data: value.to_le_bytes().to_vec() });

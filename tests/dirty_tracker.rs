@@ -13,9 +13,9 @@ use cvm_memory::dirty::{
     Tracker, Unloggable,
 };
 use cvm_memory::gmem::FileId;
-use cvm_memory::hypervisor::{Cap, Exit, MemoryRegion, Platform, PreFaultMemory, Vcpu};
+use cvm_memory::hypervisor::{Cap, Exit, MemoryRegion, PreFaultMemory, Vcpu};
 use cvm_memory::layout::{FileBinding, Layout, Limits, Memslot, SlotFlags, SlotId};
-use cvm_memory::soft::{Arch, SoftVcpu, SoftVm};
+use cvm_memory::soft::{SoftVcpu, SoftVm};
 use cvm_memory_testkit::{Call, Recorder};
 use nix::errno::Errno;
 use soft_kit::*;
@@ -26,19 +26,6 @@ const BY_LOOKING: Mechanism = Mechanism::Bitmap(Clearing::ByLooking);
 const BY_HAND: Mechanism = Mechanism::Bitmap(Clearing::ByHand);
 const FROM_ALL: Mechanism = Mechanism::Bitmap(Clearing::ByHandFromAll);
 const PAGES: u64 = 512;
-
-#[derive(Debug)]
-struct Backed;
-
-impl Arch for Backed {
-    fn platform(&self) -> Platform {
-        Platform::DEFAULT
-    }
-
-    fn offers_ring_with_bitmap(&self) -> bool {
-        true
-    }
-}
 
 /// A software KVM with one stretch of memory, a vCPU, and a tracker.
 struct Setup {
@@ -77,7 +64,7 @@ fn pages(start: u64, end: u64) -> FileRange {
 
 impl Setup {
     fn new(mechanism: Mechanism, slots: impl Fn(&SharedMemory) -> Vec<Memslot>) -> Self {
-        let soft = SoftVm::with_arch(Arc::new(Backed));
+        let soft = backed_vm();
         let vm = Recorder::new(soft.clone());
         let offer = cvm_memory::dirty::Offer::probe(&vm);
         mechanism.enable(&vm, &offer).unwrap();

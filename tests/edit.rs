@@ -180,7 +180,7 @@ fn listeners_hear_of_what_changes_and_of_nothing_else() {
     edit.move_to(0, 56 * PAGE, 0x100 * PAGE).unwrap();
     assert_eq!(steps(&edit.commit(&FEW).unwrap()), [("move", gfns(0x100, 0x138))]);
     assert_eq!(device.told(), [(false, 0, 56), (true, 0x100, 0x138)]);
-    assert_eq!(device.mapped.lock().unwrap()[&0x100], backing.hva());
+    assert_eq!(device.mapped.frames()[&0x100], backing.hva());
     // Other memory at the same frames.
     let mut edit = memory.edit();
     edit.punch_hole(0x100 * PAGE, 8 * PAGE).unwrap();
@@ -224,7 +224,7 @@ fn everything(vm: &Vm, memory: &CvmMemory, device: &Device) -> impl PartialEq + 
         shared.push(memory.read(Gpa(page * PAGE), &mut byte).ok().map(|()| byte));
     }
     let table: Vec<_> = memory.space().layout().table().slots().copied().collect();
-    let mapped = device.mapped.lock().unwrap().clone();
+    let mapped = device.mapped.frames();
     (kvm_slots(vm), vm.inner().private_gfns(), states, shared, table, mapped)
 }
 
@@ -304,7 +304,7 @@ fn what_cannot_be_taken_back_is_known() {
     assert_eq!(left.iter().map(|(step, _)| step.kind()).collect::<Vec<_>>(), ["delete", "create"]);
     assert_eq!(kvm_slots(&vm).iter().map(|slot| slot.gfns).collect::<Vec<_>>(), [gfns(0, 16)]);
     assert_eq!(slots(&memory), [gfns(0, 16)]);
-    assert!(device.mapped.lock().unwrap().keys().copied().eq(0..16), "devices keep what is there");
+    assert!(device.mapped.frames().into_keys().eq(0..16), "devices keep what is there");
     memory.write(Gpa(0), b"still there").unwrap();
 }
 

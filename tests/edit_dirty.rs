@@ -15,7 +15,7 @@ use cvm_memory::hypervisor::{Exit, Hypervisor, MemoryRegion, Mmio, Platform, Vcp
 use cvm_memory::layout::SlotFlags;
 use cvm_memory::memory::{CommitOptions, CvmMemory};
 use cvm_memory_testkit::{Guest, GuestOp, KvmGuest, kvm};
-use edit_kit::{Bits, Done, KvmKick, PAGE, Runner, gfns, plain, slice, slots, steps};
+use edit_kit::{Bits, Done, PAGE, Runner, gfns, plain, slice, slots, steps};
 
 const GIB: u64 = 1 << 30;
 
@@ -42,7 +42,7 @@ fn logged(gpa: u64, used: u64, size: u64) -> Option<Logged> {
     let bits = Bits::new(&vm);
     memory.set_harvest(Some(Arc::<Bits>::clone(&bits))).unwrap();
     let guest = KvmGuest::new(&vm, 0);
-    let kick = Arc::new(KvmKick(guest.kick()));
+    let kick = Arc::new(guest.kick());
     let runner = Runner::new(&memory, guest, kick);
     Some(Logged { vm, memory, bits, runner })
 }

@@ -47,7 +47,7 @@ fn t13_an_exit_elsewhere_is_not_held_up() {
     let (answer, answered) = channel();
     memory.set_harvest(Some(Arc::new(Slow(Mutex::new(asked), Mutex::new(answered))))).unwrap();
     let guest = SoftGuest::new(&vm);
-    let kick = Arc::new(SoftKick(guest.vcpu().immediate_exit()));
+    let kick = Arc::new(guest.kick());
     let mut runner = Runner::new(&memory, guest, kick);
     thread::scope(|scope| {
         let commit = scope.spawn(|| {
@@ -158,7 +158,7 @@ fn a_slot_that_is_removed_loses_no_dirty_bit() {
     memory.set_harvest(Some(Arc::<Tracker>::clone(&tracker))).unwrap();
 
     let guest = SoftGuest::new(&vm);
-    let kick = Arc::new(SoftKick(guest.vcpu().immediate_exit()));
+    let kick = Arc::new(guest.kick());
     let mut runner = Runner::new(&memory, guest, kick);
     runner.perform(GuestOp::Write { gpa: 5 * PAGE, data: vec![1] });
     memory.remove_slot(id).unwrap();
@@ -171,7 +171,7 @@ fn a_slot_that_is_removed_loses_no_dirty_bit() {
     tracker.sync(Stage::Last).unwrap();
     assert_eq!(dirty(), [(5, 6), (9, 10)]);
     // From inside, an error and not a hang.
-    let pass = Gate::register(memory.gate(), Arc::new(SoftKick(vm.create_vcpu().immediate_exit())));
+    let pass = Gate::register(memory.gate(), Arc::new(SoftGuest::new(&vm).kick()));
     let inside = pass.enter().unwrap();
     assert!(matches!(memory.remove_slot(id).unwrap_err(), SlotError::Edit(_)));
     drop(inside);
@@ -204,7 +204,7 @@ fn without_the_gate_accesses_in_flux_are_completed() {
     let completed = thread::scope(|scope| {
         let vcpu = scope.spawn(|| {
             let guest = SoftGuest::new(&vm);
-            let kick = Arc::new(SoftKick(guest.vcpu().immediate_exit()));
+            let kick = Arc::new(guest.kick());
             let mut runner = Runner::with_gate(&memory, &ungated, guest, kick);
             let mut value = 0_u64;
             while !done.load(std::sync::atomic::Ordering::Acquire) {

@@ -31,7 +31,7 @@ fn schedules(test: impl Fn() + Send + Sync + 'static) {
 
 fn runner(vm: &SoftVm, memory: &Arc<CvmMemory>) -> Runner<SoftGuest> {
     let guest = SoftGuest::new(vm);
-    let kick = Arc::new(SoftKick(guest.vcpu().immediate_exit()));
+    let kick = Arc::new(guest.kick());
     Runner::new(memory, guest, kick)
 }
 

@@ -15,9 +15,9 @@ use cvm_memory::hypervisor::{Hypervisor, Platform};
 use cvm_memory::layout::SlotFlags;
 use cvm_memory::memory::{CommitOptions, CvmMemory, EditError};
 use cvm_memory::soft::SoftVm;
-use cvm_memory_testkit::{Guest, GuestOp, KvmGuest, Outcome, SoftGuest, kvm, private_kvm};
-use edit_kit::random::{ALL, Numbers, USED, edit_something, transactions};
-use edit_kit::{Bits, Done, KvmKick, PAGE, Runner, SoftKick, gfns, plain, slice};
+use cvm_memory_testkit::{Guest, GuestOp, KvmGuest, Numbers, Outcome, SoftGuest, kvm, private_kvm};
+use edit_kit::random::{ALL, USED, edit_something, transactions};
+use edit_kit::{Bits, Done, PAGE, Runner, gfns, plain, slice};
 
 /// What one vCPU does: writes its pages with a value that grows, and finds it there again. Even pages are its private ones.
 fn hammer<G: Guest>(runner: &mut Runner<G>, who: u64, done: &AtomicBool, visits: &AtomicU64, mixed: bool) {
@@ -111,7 +111,7 @@ fn stress<G: Guest + Send>(memory: &Arc<CvmMemory>, guests: [(G, Arc<dyn Kick>);
 fn soft_guests(vm: &SoftVm) -> [(SoftGuest, Arc<dyn Kick>); 2] {
     [(); 2].map(|()| {
         let guest = SoftGuest::new(vm);
-        let kick: Arc<dyn Kick> = Arc::new(SoftKick(guest.vcpu().immediate_exit()));
+        let kick: Arc<dyn Kick> = Arc::new(guest.kick());
         (guest, kick)
     })
 }
@@ -153,7 +153,7 @@ fn kvm_default_with_a_dirty_log() {
     memory.set_harvest(Some(Arc::<Bits>::clone(&bits))).unwrap();
     let guests = [0, 1].map(|id| {
         let guest = KvmGuest::new(&vm, id);
-        let kick: Arc<dyn Kick> = Arc::new(KvmKick(guest.kick()));
+        let kick: Arc<dyn Kick> = Arc::new(guest.kick());
         (guest, kick)
     });
     stress(&memory, guests, false, Some(&bits));
@@ -165,7 +165,7 @@ fn kvm_software_protected() {
     let memory = private_memory(Arc::new(vm.clone()));
     let guests = [0, 1].map(|id| {
         let guest = KvmGuest::new(&vm, id);
-        let kick: Arc<dyn Kick> = Arc::new(KvmKick(guest.kick()));
+        let kick: Arc<dyn Kick> = Arc::new(guest.kick());
         (guest, kick)
     });
     stress(&memory, guests, true, None);

@@ -7,42 +7,22 @@ use cvm_memory::addr::{FilePage, Gfn, GfnRange, Gpa, PAGE_SIZE};
 use cvm_memory::backing::{SharedBacking, SharedMemory, SharedSlice};
 use cvm_memory::convert::{PinError, Request, State};
 use cvm_memory::gmem::GuestMemfd;
-use cvm_memory::hypervisor::{Cap, Hypervisor, MemoryAttributes, MemoryRegion, Platform};
+use cvm_memory::hypervisor::{Cap, Hypervisor};
 use cvm_memory::layout::{BindError, LayoutError, SlotFlags, SlotId};
 use cvm_memory::memory::{
     AccessError, BuildError, Builder, CommitOptions, CvmMemory, EditError, Materialise, SlotError, SlotSpec,
 };
 use cvm_memory::soft::SoftVm;
-use cvm_memory_testkit::{Call, Recorder};
+use cvm_memory_testkit::{Call, Recorder, gfn};
 use nix::errno::Errno;
 
 const MIB: u64 = 1 << 20;
 
 /// A VM without one of its capabilities, or with another value of it.
-#[derive(Debug)]
-struct Without(SoftVm, Cap, u64);
-
-#[allow(unsafe_code, reason = "passes on an unsafe method")]
-impl Hypervisor for Without {
-    fn platform(&self) -> Platform {
-        self.0.platform()
-    }
-    fn check_extension(&self, cap: Cap) -> u64 {
-        if cap == self.1 { self.2 } else { self.0.check_extension(cap) }
-    }
-    fn enable_cap(&self, cap: Cap, args: [u64; 4]) -> Result<(), Errno> {
-        self.0.enable_cap(cap, args)
-    }
-    fn create_guest_memfd(&self, size: u64, flags: u64) -> Result<GuestMemfd, Errno> {
-        self.0.create_guest_memfd(size, flags)
-    }
-    unsafe fn set_user_memory_region2(&self, region: &MemoryRegion) -> Result<(), Errno> {
-        // SAFETY: the caller keeps the same promise.
-        unsafe { self.0.set_user_memory_region2(region) }
-    }
-    fn set_memory_attributes(&self, attributes: &MemoryAttributes) -> Result<(), Errno> {
-        self.0.set_memory_attributes(attributes)
-    }
+fn without(cap: Cap, value: u64) -> Arc<Recorder<SoftVm>> {
+    let vm = Recorder::new(SoftVm::software_protected());
+    vm.answer(cap, value);
+    Arc::new(vm)
 }
 
 fn refused(builder: Builder) -> BuildError {
@@ -64,17 +44,12 @@ fn slot(file: &Arc<GuestMemfd>, gpa: u64, size: u64, page: u64) -> SlotSpec {
     }
 }
 
-fn gfn(n: u64) -> Gfn {
-    Gfn::new(n).unwrap()
-}
-
 #[test]
 fn each_missing_capability_is_named() {
     let needed =
         [Cap::USER_MEMORY2, Cap::GUEST_MEMFD, Cap::MEMORY_FAULT_INFO, Cap::MEMORY_ATTRIBUTES, Cap::EXIT_HYPERCALL];
     for cap in needed {
-        let vm = Without(SoftVm::software_protected(), cap, 0);
-        match CvmMemory::builder().ram(0, MIB).build(Arc::new(vm)) {
+        match CvmMemory::builder().ram(0, MIB).build(without(cap, 0)) {
             Err(BuildError::Missing(missing)) => {
                 assert_eq!(missing.cap, cap);
                 assert!(missing.to_string().contains(cap.name().unwrap()), "{missing}");
@@ -83,8 +58,7 @@ fn each_missing_capability_is_named() {
         }
     }
     // Another attribute than the one needed is as good as none.
-    let vm = Without(SoftVm::software_protected(), Cap::MEMORY_ATTRIBUTES, 7);
-    let result = CvmMemory::builder().ram(0, MIB).build(Arc::new(vm));
+    let result = CvmMemory::builder().ram(0, MIB).build(without(Cap::MEMORY_ATTRIBUTES, 7));
     assert!(matches!(result, Err(BuildError::Missing(m)) if m.cap == Cap::MEMORY_ATTRIBUTES));
 }
 

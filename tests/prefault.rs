@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use cvm_memory::addr::{GfnRange, PAGE_SIZE};
 use cvm_memory::convert::{Request, State};
-use cvm_memory::hypervisor::{Cap, Exit, Hypervisor, MemoryAttributes, MemoryRegion, Platform, PreFaultMemory, Vcpu};
+use cvm_memory::hypervisor::{Cap, Exit, PreFaultMemory, Vcpu};
 use cvm_memory::memory::{CvmMemory, PrefaultFailed};
 use cvm_memory::prefault::{PieceError, PrefaultError, PrefaultOptions, Prefaulted, Progress};
 use cvm_memory::soft::{GuestOp, OpResult, SoftVcpu, SoftVm};
@@ -246,37 +246,12 @@ fn allocation_is_repeated_when_interrupted_and_fails_when_not() {
     assert_eq!(allocations(&recorder.take()).len(), 0);
 }
 
-/// A VM that cannot map ahead.
-#[derive(Debug)]
-struct Unable(SoftVm);
-
-#[allow(unsafe_code, reason = "passes on an unsafe method")]
-impl Hypervisor for Unable {
-    fn platform(&self) -> Platform {
-        self.0.platform()
-    }
-    fn check_extension(&self, cap: Cap) -> u64 {
-        if cap == Cap::PRE_FAULT_MEMORY { 0 } else { self.0.check_extension(cap) }
-    }
-    fn enable_cap(&self, cap: Cap, args: [u64; 4]) -> Result<(), Errno> {
-        self.0.enable_cap(cap, args)
-    }
-    fn create_guest_memfd(&self, size: u64, flags: u64) -> Result<cvm_memory::gmem::GuestMemfd, Errno> {
-        self.0.create_guest_memfd(size, flags)
-    }
-    unsafe fn set_user_memory_region2(&self, region: &MemoryRegion) -> Result<(), Errno> {
-        // SAFETY: the caller keeps the same promise.
-        unsafe { self.0.set_user_memory_region2(region) }
-    }
-    fn set_memory_attributes(&self, attributes: &MemoryAttributes) -> Result<(), Errno> {
-        self.0.set_memory_attributes(attributes)
-    }
-}
-
 #[test]
 fn a_vm_that_cannot_map_ahead_says_so_before_anything_is_done() {
     let vm = SoftVm::software_protected();
-    let memory = CvmMemory::builder().ram(0, 4 * MIB).build(Arc::new(Unable(vm.clone()))).unwrap();
+    let unable = Recorder::new(vm.clone());
+    unable.answer(Cap::PRE_FAULT_MEMORY, 0);
+    let memory = CvmMemory::builder().ram(0, 4 * MIB).build(Arc::new(unable)).unwrap();
     let mut vcpu = vm.create_vcpu();
     let options = PrefaultOptions::default();
     let result = memory.prefault(&[range(0, 4 * MIB)], &mut [&mut vcpu], &options, &mut go_on);

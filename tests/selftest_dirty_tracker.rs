@@ -26,8 +26,8 @@ use cvm_memory::memory::CvmMemory;
 use cvm_memory::soft::SoftVm;
 use cvm_memory_testkit::kvm_guest::is_emulated;
 use cvm_memory_testkit::skip::require;
-use cvm_memory_testkit::{Guest, GuestOp, Outcome};
-use edit_kit::{FEW, KvmKick, SoftKick, plain};
+use cvm_memory_testkit::{Guest, GuestOp, Numbers, Outcome};
+use edit_kit::{Done, FEW, plain};
 use nix::errno::Errno;
 use selftest_kit::{Machine, PAGE, on_both_machines};
 
@@ -51,13 +51,13 @@ trait Kicked: Machine {
 
 impl Kicked for SoftVm {
     fn kick(guest: &Self::Guest) -> Arc<dyn Kick> {
-        Arc::new(SoftKick(guest.vcpu().immediate_exit()))
+        Arc::new(guest.kick())
     }
 }
 
 impl Kicked for KvmVm {
     fn kick(guest: &Self::Guest) -> Arc<dyn Kick> {
-        Arc::new(KvmKick(guest.kick()))
+        Arc::new(guest.kick())
     }
 }
 
@@ -143,10 +143,9 @@ impl<M: Kicked> World<M> {
     fn vcpu(&self, id: usize, row: u64, stop: &AtomicBool) {
         let mut guest = self.guests[id].lock().unwrap();
         let pass = Gate::register(self.memory.gate(), M::kick(&guest));
-        let mut random = 0x9e37_79b9_u64.wrapping_add(id as u64);
+        let mut numbers = Numbers(0x9e37_79b9 + id as u64);
         while !stop.load(Ordering::Relaxed) {
-            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            let page = (random >> 33) % (size::<M>() - row + 1);
+            let page = numbers.below(size::<M>() - row + 1);
             (page..page + row).for_each(|page| self.touched[index(page)].store(true, Ordering::Release));
             let value = self.written.fetch_add(row, Ordering::Relaxed) + 1;
             guest.start(if row == 1 {
@@ -235,7 +234,7 @@ impl<M: Kicked> World<M> {
             let stop = AtomicBool::new(false);
             thread::scope(|scope| {
                 // Also should this thread panic.
-                let _stopped = Stop(&stop);
+                let _stopped = Done(&stop);
                 let guests: Vec<_> = (0..self.guests.len())
                     .map(|id| {
                         scope.spawn({
@@ -299,15 +298,6 @@ impl<M: Kicked> World<M> {
             assert!(copied <= written + again, "{copied} pages copied, {written} written, {again} perhaps twice");
         }
         assert!(copied > 0 && edits == (edited > 0));
-    }
-}
-
-/// Ends the writing when it goes.
-struct Stop<'a>(&'a AtomicBool);
-
-impl Drop for Stop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Release);
     }
 }
 

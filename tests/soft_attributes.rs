@@ -1,8 +1,9 @@
 //! Attribute changes against sequences that Linux's own C functions computed: what is unmapped, how far the invalidation
 //! reaches, and which huge pages are forbidden afterwards.
 
-use cvm_memory::addr::{Gfn, GfnRange};
+use cvm_memory::addr::Gfn;
 use cvm_memory::soft::attributes::{Attributes, Flavour, Invalidation, Level, Mixed};
+use cvm_memory_testkit::gfns;
 use serde::Deserialize;
 
 #[derive(Deserialize)]
@@ -29,10 +30,6 @@ struct Step {
     invalidate: Option<[u64; 2]>,
     mixed_2m: Option<Vec<u64>>,
     mixed_1g: Option<Vec<u64>>,
-}
-
-fn gfns(start: u64, end: u64) -> GfnRange {
-    GfnRange::new(Gfn::new(start).unwrap(), Gfn::new(end).unwrap()).unwrap()
 }
 
 fn sequences() -> Vec<Sequence> {

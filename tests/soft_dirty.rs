@@ -3,15 +3,12 @@
 
 mod soft_kit;
 
-use std::sync::Arc;
 use std::thread;
 
 use cvm_memory::dirty::{DirtyRings, Owners};
-use cvm_memory::hypervisor::{
-    Cap, ClearDirtyLog, DirtyLog, Exit, Hypervisor, MemoryRegion, Platform, PreFaultMemory, Vcpu,
-};
+use cvm_memory::hypervisor::{Cap, ClearDirtyLog, DirtyLog, Exit, Hypervisor, MemoryRegion, PreFaultMemory, Vcpu};
 use cvm_memory::layout::SlotId;
-use cvm_memory::soft::{Arch, OpResult, SoftVm};
+use cvm_memory::soft::{OpResult, SoftVm};
 use nix::errno::Errno;
 use soft_kit::*;
 
@@ -130,19 +127,9 @@ fn prefaulting_overruns_a_ring() {
 /// Rings that a log backs: a vCPU's writes are in its ring, all others in the log. Only where KVM offers it, and in order.
 #[test]
 fn rings_backed_by_a_log() {
-    #[derive(Debug)]
-    struct Backed;
-    impl Arch for Backed {
-        fn platform(&self) -> Platform {
-            Platform::DEFAULT
-        }
-        fn offers_ring_with_bitmap(&self) -> bool {
-            true
-        }
-    }
     let backed = Cap::DIRTY_LOG_RING_WITH_BITMAP;
     for order in 0..3 {
-        let vm = SoftVm::with_arch(Arc::new(Backed));
+        let vm = backed_vm();
         assert_eq!(vm.check_extension(backed), 1);
         assert_eq!(vm.enable_cap(backed, [0; 4]), Err(Errno::EINVAL), "no ring yet");
         let ram = Ram::new(8);

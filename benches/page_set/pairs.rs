@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 
 use cvm_memory::addr::PAGES_PER_1G;
 
-use crate::harness::{Harness, Rng, median};
+use cvm_memory_benches::{Rng, median};
+
+use crate::harness::Harness;
 use crate::range;
 use crate::stores::Store;
 

@@ -7,11 +7,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use cvm_memory::addr::{Gfn, GfnRange, PAGE_SIZE};
 use cvm_memory::page_set::PageSet;
+use cvm_memory_benches::Rng;
 use rangemap::RangeMap;
 use roaring::RoaringBitmap;
 use vm_memory::bitmap::AtomicBitmap;
-
-use crate::harness::Rng;
 
 pub trait Store: Sync {
     fn name(&self) -> &'static str;

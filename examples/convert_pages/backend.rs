@@ -1,6 +1,5 @@
 //! Who runs the guest: KVM with private memory, or the software KVM.
 
-use std::error::Error;
 use std::sync::Arc;
 
 use cvm_memory::addr::GfnRange;
@@ -10,7 +9,7 @@ use cvm_memory::memory::{Builder, CvmMemory};
 use cvm_memory::soft::SoftVm;
 use cvm_memory_tdx::mechanism::TdVm;
 use cvm_memory_tdx::model::SoftTd;
-use cvm_memory_testkit::{Guest, KvmGuest, SoftGuest};
+use cvm_memory_testkit::{Guest, KvmGuest, SoftGuest, chain};
 use kvm_ioctls::Kvm;
 
 use crate::Failure;
@@ -141,15 +140,4 @@ fn private_kvm() -> Result<KvmVm, Failure> {
     Capabilities::require(&vm, Cap::GUEST_MEMFD, 1)?;
     Capabilities::require(&vm, Cap::MEMORY_ATTRIBUTES, MEMORY_ATTRIBUTE_PRIVATE)?;
     Ok(vm)
-}
-
-/// An error with all its causes, on one line.
-pub fn chain(error: &(dyn Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }

@@ -34,12 +34,12 @@ use cvm_memory::exits::{Action, Handled, VcpuExits};
 use cvm_memory::hypervisor::{Exit, MemoryFault, Vcpu};
 use cvm_memory::memory::CvmMemory;
 use cvm_memory::prefault::PrefaultOptions;
-use cvm_memory_testkit::{Guest, GuestOp, Outcome};
+use cvm_memory_testkit::{Guest, GuestOp, Outcome, chain};
 use hdrhistogram::Histogram;
 use nix::errno::Errno;
 
 use args::Args;
-use backend::{Backend, chain};
+use backend::Backend;
 use devices::Devices;
 use ram::Ram;
 use report::Report;

@@ -7,9 +7,10 @@
 
 use cvm_memory::addr::{GfnRange, merge_adjacent, subtract_lists};
 use cvm_memory::convert::State;
+use cvm_memory_testkit::chain;
 
 use crate::args::Discard;
-use crate::backend::{Backend, chain};
+use crate::backend::Backend;
 use crate::worker::{Surroundings, Worker};
 
 /// How far the guest is.

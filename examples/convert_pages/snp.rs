@@ -14,13 +14,12 @@ use cvm_memory_sev::launch::{FinishOptions, Launch, New, StartOptions};
 use cvm_memory_sev::rmp::PageState;
 use cvm_memory_sev::soft::SoftSnp;
 use cvm_memory_sev::vmsa::{CpuSignature, SNP_ACTIVE, Vmsa};
-use cvm_memory_testkit::Guest;
 use cvm_memory_testkit::snp::{Emulation, Program, SnpGuest, SnpVcpu, c_bit};
+use cvm_memory_testkit::{Guest, chain};
 use kvm_ioctls::Kvm;
 
 use crate::Failure;
 use crate::args::{Args, BackendChoice};
-use crate::backend::chain;
 
 /// Where the GHCB pages are: below the guest's memory.
 const GHCBS: u64 = 3 << 30;

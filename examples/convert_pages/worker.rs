@@ -9,12 +9,12 @@ use cvm_memory::convert::State;
 use cvm_memory::exits::VcpuExits;
 use cvm_memory::hypervisor::HypercallExit;
 use cvm_memory::memory::CvmMemory;
-use cvm_memory_testkit::{GuestOp, Outcome};
+use cvm_memory_testkit::{GuestOp, Outcome, chain};
 use hdrhistogram::Histogram;
 use indicatif::ProgressBar;
 
 use crate::args::{Args, Discard};
-use crate::backend::{Backend, chain};
+use crate::backend::Backend;
 use crate::devices::Devices;
 use crate::model::{Keeps, Model, Page, UNKNOWN, ZEROS};
 use crate::ram::{Area, Ram, Window};

@@ -16,6 +16,7 @@ use std::error::Error;
 use std::io::IsTerminal;
 use std::process::ExitCode;
 
+use cvm_memory_testkit::chain;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
@@ -84,15 +85,4 @@ fn progress(args: &Args) -> ProgressBar {
     }
     let style = ProgressStyle::with_template("{msg:>12} {wide_bar} {pos}/{len} pages {elapsed}");
     ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
-}
-
-/// An error with all its causes, on one line.
-fn chain(error: &(dyn Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }

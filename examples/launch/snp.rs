@@ -17,11 +17,12 @@ use cvm_memory_sev::kvm::{KvmSnp, set_registers};
 use cvm_memory_sev::launch::{FinishOptions, Launch, New, Policy, StartOptions};
 use cvm_memory_sev::soft::SoftSnp;
 use cvm_memory_sev::vmsa::{CpuSignature, SNP_ACTIVE, Vmsa};
+use cvm_memory_testkit::chain;
 use kvm_bindings::CpuId;
 use kvm_ioctls::Kvm;
 
 use crate::args::{Args, BackendChoice};
-use crate::{Failure, Report, chain, progress};
+use crate::{Failure, Report, progress};
 
 /// What the image says is to be launched.
 struct Image {

@@ -15,11 +15,12 @@ use cvm_memory_tdx::model::SoftTd;
 use cvm_memory_tdx::mrtd::{Measurement, Order};
 use cvm_memory_tdx::tdvf::{Attributes, Tdvf};
 use cvm_memory_tdx::width::Width;
+use cvm_memory_testkit::chain;
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::Kvm;
 
 use crate::args::{Args, BackendChoice};
-use crate::{Failure, Report, chain, progress};
+use crate::{Failure, Report, progress};
 
 /// Where firmware ends.
 const TOP: u64 = 1 << 32;

@@ -22,6 +22,7 @@ use cvm_memory_sev::import::{Import, ImportList};
 use cvm_memory_sev::kvm::KvmSnp;
 use cvm_memory_sev::launch::{FinishOptions, Launch, StartOptions};
 use cvm_memory_sev::vmsa::{CpuSignature, SNP_ACTIVE, Vmsa};
+use cvm_memory_testkit::Numbers;
 use emulation::{Emulation, snp_vm};
 use kvm_bindings::{kvm_regs, kvm_segment};
 
@@ -263,13 +264,8 @@ fn buffers_as_the_model_works_them_off() {
         (0, 1, 22, vec![private(8, false), shared(9, false)]),
     ];
     // And random ones, of few frames, so that neighbours meet.
-    let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
-    let mut random = |below: u64| {
-        seed ^= seed << 13;
-        seed ^= seed >> 7;
-        seed ^= seed << 17;
-        seed % below
-    };
+    let mut numbers = Numbers(5);
+    let mut random = |bound| numbers.below(bound);
     for _ in 0..40 {
         let mut gfn = 512 * random(4);
         let entries: Vec<Entry> = (0..1 + random(12))

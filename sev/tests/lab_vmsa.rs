@@ -19,9 +19,9 @@ use cvm_memory::hypervisor::{Hypervisor as _, MemoryRegion};
 use cvm_memory::memory::{CommitOptions, CvmMemory, EditError};
 use cvm_memory::soft::{GuestOp as Step, OpResult};
 use cvm_memory_testkit::snp::{Emulation, SnpGuest, SnpVcpu};
-use cvm_memory_testkit::{Guest as _, GuestOp, Outcome};
-use edit_kit::random::{ALL, Numbers, USED, edit_something, transactions};
-use edit_kit::{Done, KvmKick, PAGE, Runner, gfns};
+use cvm_memory_testkit::{Guest as _, GuestOp, Numbers, Outcome};
+use edit_kit::random::{ALL, USED, edit_something, transactions};
+use edit_kit::{Done, PAGE, Runner, gfns};
 use lab::{CREATE, DESTROY, Lab, NoEntry, launched};
 
 /// The save area: the last of the pages that are always there.
@@ -198,7 +198,7 @@ fn edits_keep_it() {
         let mut threads = Vec::new();
         for (mut guest, who) in vcpus.into_iter().zip(0..) {
             let (done, visits, memory) = (&done, &visits[usize::try_from(who).unwrap()], &memory);
-            let kick: Arc<dyn Kick> = Arc::new(KvmKick(guest.processor().kick()));
+            let kick: Arc<dyn Kick> = Arc::new(guest.processor().kick());
             threads.push(scope.spawn(move || hammer(&mut Runner::new(memory, guest, kick), who, done, visits)));
         }
         // Also should this thread panic.

@@ -6,15 +6,12 @@ use cvm_memory::addr::Gfn;
 use cvm_memory_sev::rmp::{
     Entry, Failure, Fault, Host, MakePrivateError, PageState, Pfn, Pvalidate, Rmp, RmpUpdate, Size,
 };
+use cvm_memory_testkit::gfn;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use serde_json::Value;
 
 const ASID: u32 = 5;
-
-fn gfn(number: u64) -> Gfn {
-    Gfn::new(number).unwrap()
-}
 
 #[test]
 fn every_sequence_of_the_kernels_functions() {

@@ -29,6 +29,11 @@ impl SharedSlice {
     pub fn hva(&self) -> u64 {
         self.backing.hva().saturating_add(self.offset)
     }
+
+    /// Whether the mapping goes on for `size` bytes from where the slice starts.
+    pub(crate) fn holds(&self, size: u64) -> bool {
+        self.offset.checked_add(size).is_some_and(|end| end <= self.backing.size())
+    }
 }
 
 /// A run of guest frames whose private pages are contiguous in one file.

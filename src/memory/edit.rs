@@ -14,7 +14,7 @@ use crate::convert::{LockError, StepError};
 use crate::edit::{Draft, Hazard, Operation, PlanError, Refused, Region, Step};
 use crate::gate::GateError;
 use crate::gmem::{FileId, GuestMemfd};
-use crate::layout::{FileBinding, Layout, LayoutError, Memslot, SlotFlags, SlotId};
+use crate::layout::{Layout, LayoutError, Memslot, SlotFlags, SlotId};
 use crate::page_set::PageSetError;
 
 use super::{CvmMemory, SlotSpec};
@@ -194,6 +194,12 @@ fn frame(gpa: u64) -> Result<Gfn, EditError> {
     Ok(frames(gpa, 1 << PAGE_SHIFT)?.start())
 }
 
+/// The mapping has to go on for as long as the frames do.
+fn whole(slice: &SharedSlice, gfns: GfnRange) -> Result<(), EditError> {
+    let (size, offset, available) = (gfns.bytes(), slice.offset, slice.backing.size());
+    if slice.holds(size) { Ok(()) } else { Err(EditError::SharedTooShort { gfns, size, offset, available }) }
+}
+
 impl<'a> Edit<'a> {
     /// What the operations that follow are called in messages.
     ///
@@ -225,17 +231,11 @@ impl<'a> Edit<'a> {
 
     /// Memory that an operation brings, as a region.
     fn bring(&mut self, spec: SlotSpec) -> Result<Region, EditError> {
-        let SlotSpec { id: _, gpa, size, shared, private, flags } = spec;
-        let gfns = frames(gpa, size)?;
-        let (offset, available) = (shared.offset, shared.backing.size());
-        if offset.checked_add(size).is_none_or(|end| end > available) {
-            return Err(EditError::SharedTooShort { gfns, size, offset, available });
-        }
-        let binding = private.as_ref().map(|(file, start)| FileBinding { file: file.id(), start: *start });
-        let flags = if binding.is_some() { flags | SlotFlags::GUEST_MEMFD } else { flags };
-        let region = Region { gfns, hva: shared.hva(), mapping: shared.backing.hva(), flags, binding };
-        self.backings.push(shared.backing);
-        self.files.extend(private.map(|(file, _)| file));
+        let gfns = frames(spec.gpa, spec.size)?;
+        whole(&spec.shared, gfns)?;
+        let region = spec.region(gfns);
+        self.backings.push(spec.shared.backing);
+        self.files.extend(spec.private.map(|(file, _)| file));
         Ok(region)
     }
 
@@ -360,11 +360,8 @@ impl<'a> Edit<'a> {
         let above = mappings.partition_point(|backing| backing.hva() <= slot.hva);
         let Some(backing) = above.checked_sub(1).and_then(|at| mappings.get(at)) else { return Ok(None) };
         let offset = slot.hva.saturating_sub(backing.hva());
-        let (slice, size) = (SharedSlice { backing: Arc::clone(backing), offset }, slot.gfns.bytes());
-        let available = backing.size();
-        if offset.checked_add(size).is_none_or(|end| end > available) {
-            return Err(EditError::SharedTooShort { gfns: slot.gfns, size, offset, available });
-        }
+        let slice = SharedSlice { backing: Arc::clone(backing), offset };
+        whole(&slice, slot.gfns)?;
         Ok(Some(slice))
     }
 

@@ -15,7 +15,7 @@ use nix::errno::Errno;
 use crate::addr::{AddrError, FilePage, FileRange, Gfn, GfnRange, PAGE_SHIFT, PAGE_SIZE, subtract_lists};
 use crate::backing::{SharedSlice, Space};
 use crate::convert::{LockError, Outcome, StepError};
-use crate::edit::{PlanError, Reason, Refused};
+use crate::edit::{PlanError, Reason, Refused, Region};
 use crate::gmem::{FileId, GmemFlags, GuestMemfd};
 use crate::hypervisor::MemoryRegion;
 use crate::layout::{FileBinding, LayoutError, Memslot, SlotFlags, SlotId};
@@ -93,6 +93,14 @@ impl SlotSpec {
     /// Whether its pages can change state: they have a private side, and the file did not start out shared.
     pub(super) fn is_convertible(&self) -> bool {
         self.private.as_ref().is_some_and(|(file, _)| !file.flags().contains(GmemFlags::INIT_SHARED))
+    }
+
+    /// Its memory, at the frames that it asks for.
+    pub(super) fn region(&self, gfns: GfnRange) -> Region {
+        let (hva, mapping) = (self.shared.hva(), self.shared.backing.hva());
+        let binding = self.private.as_ref().map(|(file, start)| FileBinding { file: file.id(), start: *start });
+        let flags = if binding.is_some() { self.flags | SlotFlags::GUEST_MEMFD } else { self.flags };
+        Region { gfns, hva, mapping, flags, binding }
     }
 }
 
@@ -456,23 +464,21 @@ fn resolve(specs: Vec<SlotSpec>, space: &Space) -> Result<Vec<Added>, SlotError>
         .filter(|id| taken.binary_search(id).is_err());
     let mut slots = Vec::with_capacity(specs.len());
     for spec in specs {
-        let SlotSpec { id, gpa, size, shared, private, flags } = spec;
+        let SlotSpec { gpa, size, .. } = spec;
         let gfns = GfnRange::from_bytes(gpa, size).map_err(|error| SlotError::Range { gpa, size, error })?;
-        let (offset, available) = (shared.offset, shared.backing.size());
-        if offset.checked_add(size).is_none_or(|end| end > available) {
+        if !spec.shared.holds(size) {
+            let (offset, available) = (spec.shared.offset, spec.shared.backing.size());
             return Err(SlotError::SharedTooShort { gpa, size, offset, available });
         }
-        let id = match id {
+        let id = match spec.id {
             Some(id) => id,
             None => candidates.next().ok_or(SlotError::NoFreeId { limit })?,
         };
-        let binding = private.as_ref().map(|(file, start)| FileBinding { file: file.id(), start: *start });
-        if let Some((_, start)) = &private {
+        if let Some((_, start)) = &spec.private {
             FileRange::with_len(*start, gfns.pages()).map_err(|error| SlotError::Range { gpa, size, error })?;
         }
-        let flags = if binding.is_some() { flags | SlotFlags::GUEST_MEMFD } else { flags };
-        let slot = Memslot { id, gfns, hva: shared.hva(), flags, binding };
-        slots.push((slot, shared, private.map(|(file, _)| file)));
+        let slot = spec.region(gfns).slot(id);
+        slots.push((slot, spec.shared, spec.private.map(|(file, _)| file)));
     }
     Ok(slots)
 }

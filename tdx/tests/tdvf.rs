@@ -6,12 +6,9 @@ use cvm_memory::addr::{AddrError, Gfn, GfnRange, Gpa};
 use cvm_memory_tdx::hob::{HobError, MemoryEntry, memory_list, td_hob};
 use cvm_memory_tdx::import::Import;
 use cvm_memory_tdx::tdvf::{SectionKind, Tdvf, TdvfError};
+use cvm_memory_testkit::gfns;
 use firmware_kit::{RawSection, descriptor, made};
 use proptest::prelude::*;
-
-fn gfns(start: u64, end: u64) -> GfnRange {
-    GfnRange::new(Gfn::new(start).unwrap(), Gfn::new(end).unwrap()).unwrap()
-}
 
 fn refused(sections: &[RawSection]) -> TdvfError {
     Tdvf::parse(&made(&descriptor(sections))).unwrap_err()

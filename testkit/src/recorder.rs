@@ -1,4 +1,4 @@
-//! A hypervisor that writes down what it is asked for, and fails on demand.
+//! A hypervisor that writes down what it is asked for, and fails, or lacks a capability, on demand.
 //!
 //! [`Recorder`] stands between the library and any [`Hypervisor`]. Every call that changes something is recorded,
 //! `fallocate` on the files it creates included; questions ([`Hypervisor::check_extension`]) are not. A call that was
@@ -96,6 +96,8 @@ enum Trigger {
 struct Log {
     entries: Vec<Entry>,
     faults: Vec<(Trigger, Errno)>,
+    /// Capabilities that are not answered as they are.
+    answers: Vec<(Cap, u64)>,
 }
 
 #[derive(Default)]
@@ -209,6 +211,11 @@ impl<H: Hypervisor> Recorder<H> {
         self.shared.log().faults.push((Trigger::Matching(Box::new(matches)), errno));
     }
 
+    /// Has the hypervisor say `answer` when it is asked for `cap`; zero, and it lacks that.
+    pub fn answer(&self, cap: Cap, answer: u64) {
+        self.shared.log().answers.push((cap, answer));
+    }
+
     /// Lets every call through again. Returns how many were still told to fail and had not.
     pub fn clear_faults(&self) -> usize {
         let mut log = self.shared.log();
@@ -224,7 +231,8 @@ impl<H: Hypervisor> Hypervisor for Recorder<H> {
     }
 
     fn check_extension(&self, cap: Cap) -> u64 {
-        self.inner.check_extension(cap)
+        let answer = self.shared.log().answers.iter().rev().find(|(of, _)| *of == cap).map(|(_, answer)| *answer);
+        answer.unwrap_or_else(|| self.inner.check_extension(cap))
     }
 
     fn enable_cap(&self, cap: Cap, args: [u64; 4]) -> Result<(), Errno> {

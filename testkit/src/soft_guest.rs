@@ -3,8 +3,9 @@
 //! Where accesses carry their privacy, [`Guest::set_private`] says how the guest accesses memory from then on; a new one
 //! accesses everything as private.
 
+use cvm_memory::gate::Kick;
 use cvm_memory::hypervisor::{DirtyRingMemory, Exit, PreFaultMemory, Vcpu};
-use cvm_memory::soft::{GuestOp as SoftOp, OpResult, SoftVcpu, SoftVm};
+use cvm_memory::soft::{GuestOp as SoftOp, ImmediateExit, OpResult, SoftVcpu, SoftVm};
 use nix::errno::Errno;
 
 use crate::guest::{Guest, GuestOp, Outcome};
@@ -42,6 +43,25 @@ impl SoftGuest {
     /// The vCPU.
     pub const fn vcpu(&self) -> &SoftVcpu {
         &self.vcpu
+    }
+
+    /// What gets it out of a run.
+    pub fn kick(&self) -> SoftKick {
+        SoftKick(self.vcpu.immediate_exit())
+    }
+}
+
+/// Makes a vCPU of the software KVM return, and keeps it out until it enters again.
+#[derive(Debug)]
+pub struct SoftKick(ImmediateExit);
+
+impl Kick for SoftKick {
+    fn entering(&self) {
+        self.0.set(false);
+    }
+
+    fn kick(&self) {
+        self.0.set(true);
     }
 }
 

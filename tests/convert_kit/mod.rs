@@ -1,14 +1,13 @@
 //! What the tests of conversions share: a VM's memory on a software KVM whose every mechanism writes down what it is asked
 //! for and fails on demand, and a check that record, KVM and listeners agree.
 #![allow(dead_code, reason = "each test file uses its own part")]
-#![allow(unsafe_code, reason = "wraps a backing that is vouched for already")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use cvm_memory::addr::{FilePage, Gfn, GfnRange, PAGE_SIZE};
-use cvm_memory::backing::{SharedBacking, SharedMemory, SharedPiece, SharedSlice};
+use cvm_memory::addr::{FilePage, GfnRange, PAGE_SIZE};
+use cvm_memory::backing::SharedSlice;
 use cvm_memory::convert::{
     ConvertError, ConvertOptions, DiscardPolicy, Listener, ListenerError, Outcome, PinPolicy, Request, SharedRun, State,
 };
@@ -16,17 +15,11 @@ use cvm_memory::gmem::GuestMemfd;
 use cvm_memory::hypervisor::{Exit, Hypervisor, MEMORY_ATTRIBUTE_PRIVATE, Vcpu};
 use cvm_memory::layout::SlotFlags;
 use cvm_memory::memory::{CvmMemory, Materialise, SlotSpec};
-use cvm_memory::soft::{GuestOp, OpResult, SoftVcpu, SoftVm};
-use cvm_memory_testkit::{Call, Recorder};
+use cvm_memory::soft::{GuestOp, OpResult, SoftVm};
+use cvm_memory_testkit::{Call, Mapped, Recorder, WatchedMemory};
+#[allow(unused_imports, reason = "each test file uses its own part")]
+pub use cvm_memory_testkit::{gfn, gfns};
 use nix::errno::Errno;
-
-pub fn gfn(n: u64) -> Gfn {
-    Gfn::new(n).unwrap()
-}
-
-pub fn gfns(start: u64, end: u64) -> GfnRange {
-    GfnRange::new(gfn(start), gfn(end)).unwrap()
-}
 
 pub fn frames(range: &GfnRange) -> Range<u64> {
     range.start().get()..range.end().get()
@@ -103,28 +96,12 @@ impl Wire {
     }
 }
 
-/// A device that maps what is shared, and insists that the calls of each frame alternate.
+/// A device that maps what is shared.
 #[derive(Debug)]
 pub struct Ears {
     index: usize,
     wire: Wire,
-    mapped: Mutex<BTreeMap<u64, u64>>,
-}
-
-fn addresses(run: &SharedRun) -> Vec<(u64, u64)> {
-    let of = |piece: &SharedPiece| {
-        let (hva, first) = (piece.hva, piece.gfns.start().get());
-        frames(&piece.gfns).map(move |gfn| (gfn, hva + (gfn - first) * PAGE_SIZE)).collect::<Vec<_>>()
-    };
-    let found: Vec<_> = run.pieces.iter().flat_map(of).collect();
-    assert!(found.iter().map(|(gfn, _)| *gfn).eq(frames(&run.gfns)), "the pieces are not the run: {run:?}");
-    found
-}
-
-impl Ears {
-    pub fn mapped(&self) -> BTreeMap<u64, u64> {
-        self.mapped.lock().unwrap().clone()
-    }
+    mapped: Mapped,
 }
 
 impl Listener for Ears {
@@ -132,59 +109,13 @@ impl Listener for Ears {
         if self.wire.call(Did::Map(self.index, frames(&run.gfns))) {
             return Err(Errno::ENOMEM.into());
         }
-        let mut mapped = self.mapped.lock().unwrap();
-        for (gfn, hva) in addresses(run) {
-            assert_eq!(mapped.insert(gfn, hva), None, "listener {}: gfn {gfn:#x} mapped twice", self.index);
-        }
+        self.mapped.map(run);
         Ok(())
     }
 
     fn unmap(&self, run: &SharedRun) {
         self.wire.note(Did::Unmap(self.index, frames(&run.gfns)));
-        if std::thread::panicking() {
-            // Teardown after a check that failed: that one is to be reported.
-            return;
-        }
-        let mut mapped = self.mapped.lock().unwrap();
-        for (gfn, hva) in addresses(run) {
-            assert_eq!(mapped.remove(&gfn), Some(hva), "listener {}: gfn {gfn:#x} was not mapped", self.index);
-        }
-    }
-}
-
-/// Shared memory whose discards are noted and fail on demand.
-#[derive(Debug)]
-pub struct Fallible {
-    index: usize,
-    granule: u64,
-    inner: SharedMemory,
-    wire: Wire,
-}
-
-// SAFETY: the mapping is that of `inner`, which lives as long.
-unsafe impl SharedBacking for Fallible {
-    fn hva(&self) -> u64 {
-        self.inner.hva()
-    }
-
-    fn size(&self) -> u64 {
-        self.inner.size()
-    }
-
-    fn granule(&self) -> u64 {
-        self.granule
-    }
-
-    fn discard(&self, offset: u64, len: u64) -> Result<(), Errno> {
-        assert_eq!((offset | len) % self.granule, 0, "discard of part of a page: {offset:#x}, {len:#x}");
-        if self.wire.call(Did::DiscardShared(self.index, pages(offset, len))) {
-            return Err(Errno::EIO);
-        }
-        self.inner.discard(offset, len)
-    }
-
-    fn resident_bytes(&self) -> Option<u64> {
-        self.inner.resident_bytes()
+        self.mapped.unmap(run);
     }
 }
 
@@ -232,7 +163,7 @@ pub struct World {
     pub recorder: Recorder<SoftVm>,
     pub memory: CvmMemory,
     pub file: Arc<GuestMemfd>,
-    pub backings: Vec<Arc<Fallible>>,
+    pub backings: Vec<Arc<WatchedMemory>>,
     pub ears: Vec<Arc<Ears>>,
     pub specs: Vec<SlotSpec>,
     pub tagged: bool,
@@ -248,9 +179,12 @@ impl World {
         let file = Arc::new(recorder.create_guest_memfd(total * PAGE_SIZE, 0).unwrap());
         let mut backings = Vec::new();
         let mut backing = |pages: u64| {
-            let inner = SharedMemory::new(pages * PAGE_SIZE).unwrap();
-            let index = backings.len();
-            backings.push(Arc::new(Fallible { index, granule: config.granule, inner, wire: wire.clone() }));
+            let (index, wire) = (backings.len(), wire.clone());
+            let watch = move |offset, len| {
+                let fails = wire.call(Did::DiscardShared(index, self::pages(offset, len)));
+                if fails { Err(Errno::EIO) } else { Ok(()) }
+            };
+            backings.push(Arc::new(WatchedMemory::new(pages * PAGE_SIZE, config.granule, watch)));
             Arc::clone(&backings[index])
         };
         let common = (!config.own_backings).then(|| backing(total));
@@ -289,7 +223,7 @@ impl World {
         let builder = specs.iter().cloned().fold(builder, |builder, slot| builder.slot(slot));
         let memory = builder.build(Arc::new(recorder.clone())).unwrap();
         let ears: Vec<_> = (0..config.listeners)
-            .map(|index| Arc::new(Ears { index, wire: wire.clone(), mapped: Mutex::default() }))
+            .map(|index| Arc::new(Ears { index, wire: wire.clone(), mapped: Mapped::default() }))
             .collect();
         for listener in &ears {
             memory.add_listener(&(Arc::clone(listener) as Arc<dyn Listener>)).unwrap();
@@ -407,47 +341,32 @@ impl World {
             .map(|gfn| (gfn, self.hva(gfn).unwrap()))
             .collect();
         for ears in &self.ears {
-            assert_eq!(ears.mapped(), shared, "listener {}", ears.index);
+            assert_eq!(ears.mapped.frames(), shared, "listener {}", ears.index);
         }
     }
 
-    /// Runs `op` to its end.
-    fn finish(vcpu: &mut SoftVcpu, op: GuestOp) -> OpResult {
-        vcpu.start(op);
-        let exit = vcpu.run();
-        assert!(matches!(exit, Ok(Exit::Halt)), "{exit:?}");
-        vcpu.take_result().unwrap()
-    }
-
-    /// The guest fills pages, each accessed as it is declared.
+    /// The guest goes through pages, each accessed as it is declared, with what `op` makes of frame, address and privacy.
     #[track_caller]
-    pub fn guest_fill(&self, gfns: impl IntoIterator<Item = u64>, byte: impl Fn(u64) -> u8) {
+    fn guest_does(&self, gfns: impl IntoIterator<Item = u64>, op: impl Fn(u64, u64, bool) -> GuestOp) {
         let mut vcpu = self.vm.create_vcpu();
         let declared = self.declared();
         for gfn in gfns {
-            let op = GuestOp::Fill {
-                gpa: gfn * PAGE_SIZE,
-                len: PAGE_SIZE,
-                byte: byte(gfn),
-                private: declared.contains(&gfn),
-            };
-            assert_eq!(Self::finish(&mut vcpu, op), OpResult::Done);
+            vcpu.start(op(gfn, gfn * PAGE_SIZE, declared.contains(&gfn)));
+            let exit = vcpu.run();
+            assert!(matches!(exit, Ok(Exit::Halt)), "{exit:?}");
+            assert_eq!(vcpu.take_result(), Some(OpResult::Done), "gfn {gfn:#x}");
         }
+    }
+
+    /// The guest fills pages.
+    #[track_caller]
+    pub fn guest_fill(&self, gfns: impl IntoIterator<Item = u64>, byte: impl Fn(u64) -> u8) {
+        self.guest_does(gfns, |gfn, gpa, private| GuestOp::Fill { gpa, len: PAGE_SIZE, byte: byte(gfn), private });
     }
 
     /// The guest finds this in its pages.
     #[track_caller]
     pub fn guest_check(&self, gfns: impl IntoIterator<Item = u64>, byte: impl Fn(u64) -> u8) {
-        let mut vcpu = self.vm.create_vcpu();
-        let declared = self.declared();
-        for gfn in gfns {
-            let op = GuestOp::Check {
-                gpa: gfn * PAGE_SIZE,
-                len: PAGE_SIZE,
-                byte: byte(gfn),
-                private: declared.contains(&gfn),
-            };
-            assert_eq!(Self::finish(&mut vcpu, op), OpResult::Done, "gfn {gfn:#x}");
-        }
+        self.guest_does(gfns, |gfn, gpa, private| GuestOp::Check { gpa, len: PAGE_SIZE, byte: byte(gfn), private });
     }
 }

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use cvm_memory::addr::{Gfn, GfnRange};
+use cvm_memory::addr::GfnRange;
 use cvm_memory::backing::{SharedBacking, SharedMemory, SharedSlice};
 use cvm_memory::convert::{Listener, ListenerError, Request, SharedRun, State as PageState};
 use cvm_memory::edit::{Harvest, Prefer, Step};
@@ -17,8 +17,10 @@ use cvm_memory::hypervisor::Exit;
 use cvm_memory::hypervisor::kvm::KvmVm;
 use cvm_memory::layout::{Memslot, SlotFlags};
 use cvm_memory::memory::{CommitOptions, Committed, CvmMemory, SlotSpec};
-use cvm_memory::soft::{ImmediateExit, SlotInfo, SoftVm};
-use cvm_memory_testkit::{Call, Guest, GuestOp, Outcome, Recorder, kvm_guest};
+use cvm_memory::soft::{SlotInfo, SoftVm};
+use cvm_memory_testkit::{Call, Guest, GuestOp, Mapped, Outcome, Recorder};
+#[allow(unused_imports, reason = "each test file uses its own part")]
+pub use cvm_memory_testkit::{gfn, gfns};
 use nix::errno::Errno;
 
 /// Ends what others do until then when it goes, by a panic too.
@@ -32,14 +34,6 @@ impl Drop for Done<'_> {
 
 pub const PAGE: u64 = 4096;
 pub const MIB: u64 = 1 << 20;
-
-pub fn gfn(n: u64) -> Gfn {
-    Gfn::new(n).unwrap()
-}
-
-pub fn gfns(start: u64, end: u64) -> GfnRange {
-    GfnRange::new(gfn(start), gfn(end)).unwrap()
-}
 
 pub fn slice(size: u64) -> SharedSlice {
     SharedSlice { backing: Arc::new(SharedMemory::new(size).unwrap()), offset: 0 }
@@ -96,7 +90,7 @@ pub fn share(memory: &CvmMemory, start: u64, end: u64) {
 /// Who maps shared memory: what it has, and how often it was told.
 #[derive(Debug, Default)]
 pub struct Device {
-    pub mapped: Mutex<BTreeMap<u64, u64>>,
+    pub mapped: Mapped,
     pub told: Mutex<Vec<(bool, u64, u64)>>,
     /// Fails to map this frame.
     pub broken: Mutex<Option<u64>>,
@@ -108,21 +102,13 @@ impl Listener for Device {
             return Err(Errno::ENOSPC.into());
         }
         self.told.lock().unwrap().push((true, run.gfns.start().get(), run.gfns.end().get()));
-        for piece in &run.pieces {
-            for (page, at) in piece.gfns.iter().zip(0..) {
-                let before = self.mapped.lock().unwrap().insert(page.get(), piece.hva + at * PAGE);
-                assert_eq!(before, None, "{page} mapped twice");
-            }
-        }
+        self.mapped.map(run);
         Ok(())
     }
 
     fn unmap(&self, run: &SharedRun) {
         self.told.lock().unwrap().push((false, run.gfns.start().get(), run.gfns.end().get()));
-        for page in run.gfns {
-            let before = self.mapped.lock().unwrap().remove(&page.get());
-            assert!(before.is_some() || std::thread::panicking(), "{page} was not mapped");
-        }
+        self.mapped.unmap(run);
     }
 }
 
@@ -148,32 +134,6 @@ pub fn region_calls(vm: &Vm) -> Vec<(u32, u64)> {
     let region =
         |call: Call| if let Call::SetUserMemoryRegion2(r) = call { Some((r.slot, r.memory_size)) } else { None };
     vm.take().into_iter().filter_map(region).collect()
-}
-
-/// How each kind of guest is got out of a run.
-#[derive(Debug)]
-pub struct SoftKick(pub ImmediateExit);
-
-impl Kick for SoftKick {
-    fn entering(&self) {
-        self.0.set(false);
-    }
-
-    fn kick(&self) {
-        self.0.set(true);
-    }
-}
-
-/// A kick that has come too late makes the next run fail once; so nothing needs to be forgotten.
-#[derive(Debug)]
-pub struct KvmKick(pub kvm_guest::Kick);
-
-impl Kick for KvmKick {
-    fn entering(&self) {}
-
-    fn kick(&self) {
-        self.0.kick();
-    }
 }
 
 /// A vCPU with everything a VMM's thread has: the gate, and what handles exits.

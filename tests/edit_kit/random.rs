@@ -2,6 +2,7 @@
 
 use cvm_memory::edit::{Operation, Region};
 use cvm_memory::memory::{Edit, EditError};
+use cvm_memory_testkit::Numbers;
 
 use super::PAGE;
 
@@ -15,17 +16,6 @@ pub const AWAY: u64 = 0x1000;
 /// How many edits to make: `CVM_EDIT_TRANSACTIONS`, or so many.
 pub fn transactions(usual: u64) -> u64 {
     std::env::var("CVM_EDIT_TRANSACTIONS").ok().map_or(usual, |text| text.parse().unwrap())
-}
-
-/// Numbers that look like chance.
-pub struct Numbers(pub u64);
-
-impl Numbers {
-    /// One below `bound`.
-    pub fn below(&mut self, bound: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % bound
-    }
 }
 
 /// One to three edits. What makes no sense as things stand is refused, and the edit goes on without.

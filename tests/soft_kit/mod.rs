@@ -3,14 +3,17 @@
 #![allow(unsafe_code, reason = "slots are given to a guest here, over memory that is never freed")]
 
 use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use cvm_memory::addr::{FilePage, FileRange, Gfn, GfnRange};
+use cvm_memory::addr::GfnRange;
 use cvm_memory::gmem::GuestMemfd;
 use cvm_memory::hypervisor::{
-    Exit, Hypervisor, MEMORY_ATTRIBUTE_PRIVATE, MemoryAttributes, MemoryFault, MemoryRegion, Vcpu,
+    Exit, Hypervisor, MEMORY_ATTRIBUTE_PRIVATE, MemoryAttributes, MemoryFault, MemoryRegion, Platform, Vcpu,
 };
-use cvm_memory::soft::{GuestOp, OpResult, SoftVcpu, SoftVm};
+use cvm_memory::soft::{Arch, GuestOp, OpResult, SoftVcpu, SoftVm};
+#[allow(unused_imports, reason = "each test file uses its own part")]
+pub use cvm_memory_testkit::{file_pages, gfn, gfns};
 use nix::errno::Errno;
 
 pub const PAGE: u64 = 4096;
@@ -60,16 +63,19 @@ impl Ram {
     }
 }
 
-pub fn gfn(n: u64) -> Gfn {
-    Gfn::new(n).unwrap()
-}
-
-pub fn gfns(start: u64, end: u64) -> GfnRange {
-    GfnRange::new(gfn(start), gfn(end)).unwrap()
-}
-
-pub fn file_pages(start: u64, end: u64) -> FileRange {
-    FileRange::new(FilePage::new(start).unwrap(), FilePage::new(end).unwrap()).unwrap()
+/// A VM whose rings a log may back.
+pub fn backed_vm() -> SoftVm {
+    #[derive(Debug)]
+    struct Backed;
+    impl Arch for Backed {
+        fn platform(&self) -> Platform {
+            Platform::DEFAULT
+        }
+        fn offers_ring_with_bitmap(&self) -> bool {
+            true
+        }
+    }
+    SoftVm::with_arch(Arc::new(Backed))
 }
 
 pub fn fd(file: &GuestMemfd) -> RawFd {

@@ -42,7 +42,7 @@ use cvm_memory::hypervisor::{Exit, HypercallExit, Hypervisor, MEMORY_ATTRIBUTE_P
 use cvm_memory::layout::{SlotFlags, SlotId};
 use cvm_memory::memory::{Builder, CvmMemory, SlotSpec};
 use cvm_memory::prefault::PrefaultOptions;
-use cvm_memory_testkit::{Call, GuestOp, Recorder};
+use cvm_memory_testkit::{Call, GuestOp, Recorder, WatchedMemory};
 
 use crate::guard;
 use crate::live::Live;
@@ -50,7 +50,7 @@ use crate::machine::Machine;
 use crate::scenario::{Descriptor, File, Operation, Scenario};
 use guests::Watched;
 pub use operation::{Act, Id, Kind, Memory, Name, Task};
-use wire::{AnyVm, Device, Noted, Recorded, Wire};
+use wire::{AnyVm, Device, Recorded, Wire, noted};
 
 const PAGE: u64 = 4096;
 
@@ -98,7 +98,7 @@ pub struct Played {
     convert: ConvertOptions,
     exit_options: ExitOptions,
     listeners: BTreeMap<Name, (Arc<Device>, Option<ListenerId>)>,
-    backings: BTreeMap<Memory, Arc<Noted>>,
+    backings: BTreeMap<Memory, Arc<WatchedMemory>>,
     files: BTreeMap<File, Arc<GuestMemfd>>,
     wire: Wire,
     vm: Recorded,
@@ -183,7 +183,7 @@ impl Played {
                 "ok".into()
             }
             Task::Memory { name, size, granule } => {
-                self.backings.insert(name, Arc::new(Noted::new(name, size, granule, self.wire.clone())));
+                self.backings.insert(name, Arc::new(noted(name, size, granule, self.wire.clone())));
                 "ok".into()
             }
             Task::Fail { call, nth, errno } => {
@@ -327,7 +327,10 @@ impl Played {
             Call::CreateGuestMemfd { size, flags } => format!("create size={size:#x} flags={flags:#x}"),
             Call::SetUserMemoryRegion2(region) if region.memory_size == 0 => format!("delete slot={}", region.slot),
             Call::SetUserMemoryRegion2(region) => {
-                let memory = self.backings.values().find_map(|noted| noted.offset(region.userspace_addr));
+                let memory = self.backings.iter().find_map(|(name, memory)| {
+                    let offset = region.userspace_addr.checked_sub(memory.hva()).filter(|at| *at < memory.size())?;
+                    Some(format!("b{}+{offset:#x}", name.0))
+                });
                 let file = match region.guest_memfd {
                     -1 => "none".into(),
                     fd => self.file_where(|file| file.as_fd().as_raw_fd() == fd),

@@ -1,15 +1,13 @@
 //! What stands around the library and writes down what it does: below it the recorder, beside it listeners and shared memory.
-#![allow(unsafe_code, reason = "wraps a hypervisor and a backing that are vouched for already")]
+#![allow(unsafe_code, reason = "passes on an unsafe method")]
 
-use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cvm_memory::addr::GfnRange;
-use cvm_memory::backing::{SharedBacking, SharedMemory};
 use cvm_memory::convert::{Listener, ListenerError, SharedRun};
 use cvm_memory::gmem::GuestMemfd;
 use cvm_memory::hypervisor::{Cap, Hypervisor, MemoryAttributes, MemoryRegion, Platform};
-use cvm_memory_testkit::{Call, Recorder};
+use cvm_memory_testkit::{Call, Mapped, Recorder, WatchedMemory};
 use nix::errno::Errno;
 
 use super::operation::{Kind, Memory, Name};
@@ -149,102 +147,43 @@ pub(super) fn bytes(gfns: &GfnRange) -> String {
     format!("gpa={:#x} size={:#x}", gfns.start_byte(), gfns.bytes())
 }
 
-/// A device that maps what is shared, and insists that the calls of each frame alternate.
+/// A device that maps what is shared.
 #[derive(Debug)]
 pub(super) struct Device {
     name: Name,
     wire: Wire,
-    /// Frame to address.
-    mapped: Mutex<BTreeMap<u64, u64>>,
+    mapped: Mapped,
 }
 
 impl Device {
     pub(super) fn new(name: Name, wire: Wire) -> Self {
-        Self { name, wire, mapped: Mutex::default() }
-    }
-
-    fn table(&self) -> MutexGuard<'_, BTreeMap<u64, u64>> {
-        self.mapped.lock().unwrap_or_else(PoisonError::into_inner)
+        Self { name, wire, mapped: Mapped::default() }
     }
 
     /// Runs of frames that it has mapped, in bytes.
     pub(super) fn runs(&self) -> Vec<(u64, u64)> {
-        let frames: Vec<u64> = self.table().keys().copied().collect();
+        let frames: Vec<u64> = self.mapped.frames().into_keys().collect();
         let runs = frames.chunk_by(|a, b| a + 1 == *b);
         runs.map(|run| (run[0] * 4096, run.len() as u64 * 4096)).collect()
     }
 }
 
-fn addresses(run: &SharedRun) -> impl Iterator<Item = (u64, u64)> {
-    run.pieces.iter().flat_map(|piece| {
-        let (first, hva) = (piece.gfns.start().get(), piece.hva);
-        (0..piece.gfns.pages()).map(move |page| (first + page, hva + page * 4096))
-    })
-}
-
 impl Listener for Device {
     fn map(&self, run: &SharedRun) -> Result<(), ListenerError> {
         self.wire.call(Kind::Map, format!("map l{} {}", self.name.0, bytes(&run.gfns)))?;
-        let mut table = self.table();
-        for (gfn, hva) in addresses(run) {
-            assert_eq!(table.insert(gfn, hva), None, "gfn {gfn:#x} is mapped twice");
-        }
+        self.mapped.map(run);
         Ok(())
     }
 
     fn unmap(&self, run: &SharedRun) {
         self.wire.note(format!("unmap l{} {}", self.name.0, bytes(&run.gfns)));
-        let mut table = self.table();
-        for (gfn, hva) in addresses(run) {
-            let found = table.remove(&gfn);
-            assert!(found == Some(hva) || std::thread::panicking(), "gfn {gfn:#x} was mapped to {found:x?}");
-        }
+        self.mapped.unmap(run);
     }
 }
 
 /// Shared memory whose discards are written down.
-#[derive(Debug)]
-pub(super) struct Noted {
-    name: Memory,
-    granule: u64,
-    inner: SharedMemory,
-    wire: Wire,
-}
-
-impl Noted {
-    pub(super) fn new(name: Memory, size: u64, granule: u64, wire: Wire) -> Self {
-        let inner = SharedMemory::new(size).expect("shared memory");
-        Self { name, granule, inner, wire }
-    }
-
-    /// Where the address lies in it.
-    pub(super) fn offset(&self, hva: u64) -> Option<String> {
-        let offset = hva.checked_sub(self.inner.hva()).filter(|offset| *offset < self.inner.size())?;
-        Some(format!("b{}+{offset:#x}", self.name.0))
-    }
-}
-
-// SAFETY: the mapping is that of `inner`, which lives as long.
-unsafe impl SharedBacking for Noted {
-    fn hva(&self) -> u64 {
-        self.inner.hva()
-    }
-
-    fn size(&self) -> u64 {
-        self.inner.size()
-    }
-
-    fn granule(&self) -> u64 {
-        self.granule
-    }
-
-    fn discard(&self, offset: u64, len: u64) -> Result<(), Errno> {
-        assert_eq!((offset | len) % self.granule, 0, "discard of part of a page: {offset:#x}, {len:#x}");
-        self.wire.call(Kind::Discard, format!("discard b{} offset={offset:#x} size={len:#x}", self.name.0))?;
-        self.inner.discard(offset, len)
-    }
-
-    fn resident_bytes(&self) -> Option<u64> {
-        self.inner.resident_bytes()
-    }
+pub(super) fn noted(Memory(name): Memory, size: u64, granule: u64, wire: Wire) -> WatchedMemory {
+    WatchedMemory::new(size, granule, move |offset, len| {
+        wire.call(Kind::Discard, format!("discard b{name} offset={offset:#x} size={len:#x}"))
+    })
 }

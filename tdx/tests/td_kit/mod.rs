@@ -5,7 +5,7 @@
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
-use cvm_memory::addr::{Gfn, GfnRange};
+use cvm_memory::addr::GfnRange;
 use cvm_memory::exits::{Action, VcpuExits};
 use cvm_memory::gmem::GuestMemfd;
 use cvm_memory::hypervisor::{Exit, Hypervisor, MEMORY_ATTRIBUTE_PRIVATE, MemoryAttributes, MemoryRegion, Vcpu};
@@ -15,18 +15,12 @@ use cvm_memory_tdx::mechanism::{InitVm, TdVcpu, TdVm};
 use cvm_memory_tdx::model::sept::SeptState;
 use cvm_memory_tdx::model::{SoftTd, SoftTdVcpu, op};
 use cvm_memory_tdx::width::Width;
+#[allow(unused_imports, reason = "each test file uses its own part")]
+pub use cvm_memory_testkit::{gfn, gfns};
 use nix::errno::Errno;
 
 pub const PAGE: u64 = 4096;
 pub const MIB: u64 = 1 << 20;
-
-pub fn gfn(n: u64) -> Gfn {
-    Gfn::new(n).unwrap()
-}
-
-pub fn gfns(start: u64, end: u64) -> GfnRange {
-    GfnRange::new(gfn(start), gfn(end)).unwrap()
-}
 
 /// A TD that has been initialised, with one vCPU that has too.
 pub fn initialised(init: &InitVm) -> (SoftTd, SoftTdVcpu) {

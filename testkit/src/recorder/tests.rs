@@ -103,6 +103,14 @@ fn every_call_that_changes_something_is_written_down_in_order() {
 }
 
 #[test]
+fn a_capability_is_answered_as_told_and_no_other() {
+    let (vm, _) = pair();
+    vm.answer(Cap(77), 1);
+    vm.answer(Cap(77), 0);
+    assert_eq!([76, 77, 78].map(|cap| vm.clone().check_extension(Cap(cap))), [76, 0, 78]);
+}
+
+#[test]
 fn the_nth_call_fails_and_never_arrives() {
     let (vm, reached) = pair();
     vm.fail_nth(2, Errno::ENOMEM);

@@ -49,7 +49,7 @@ fn best(old: &[Slot], wanted: &[Page], prefer: Prefer) -> (u64, u64) {
 }
 
 /// Whether the slots at `moving` can go to their targets in some order.
-fn can_move(now: &mut Vec<Slot>, targets: &[Slot], moving: &[usize]) -> bool {
+pub fn can_move(now: &mut Vec<Slot>, targets: &[Slot], moving: &[usize]) -> bool {
     moving.is_empty()
         || moving.iter().enumerate().any(|(at, &slot)| {
             let free = now.iter().enumerate().all(|(other, place)| other == slot || !place.overlaps(&targets[slot]));

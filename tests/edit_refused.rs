@@ -8,15 +8,15 @@ use std::thread;
 use std::time::Duration;
 
 use cvm_memory::addr::{FilePage, Gpa};
-use cvm_memory::backing::SharedSlice;
+use cvm_memory::backing::{SharedBacking, SharedSlice};
 use cvm_memory::convert::{Listener, ListenerError, LockError, SharedRun, State};
-use cvm_memory::edit::{Hazard, PlanError};
+use cvm_memory::edit::{Hazard, Operation, PlanError, Region};
 use cvm_memory::gate::{Gate, GateError, Kick};
 use cvm_memory::hypervisor::{Hazards, Hypervisor, Platform};
 use cvm_memory::layout::{LayoutError, SlotFlags, SlotId};
 use cvm_memory::memory::{CommitOptions, CvmMemory, EditError, SlotSpec};
 use cvm_memory::soft::{Arch, SoftVm, Tagged};
-use cvm_memory_testkit::Call;
+use cvm_memory_testkit::{Call, Recorder};
 use edit_kit::*;
 use nix::errno::Errno;
 
@@ -316,4 +316,71 @@ fn s01_s02_memory_that_begins_and_ends_anywhere() {
         assert!(section(gpa, size).is_none(), "{gpa:#x} {size:#x}");
     }
     assert_eq!(section(0x1000, 0x1000).map(|slot| (slot.gpa, slot.size)), Some((0x1000, 0x1000)));
+}
+
+/// Part of another mapping: two of these can touch.
+#[derive(Debug)]
+struct Window {
+    whole: Arc<dyn SharedBacking>,
+    offset: u64,
+    size: u64,
+}
+
+// SAFETY: part of what is vouched for, and it lives as long.
+#[allow(unsafe_code, reason = "a mapping beside another cannot be had from SharedMemory at will")]
+unsafe impl SharedBacking for Window {
+    fn hva(&self) -> u64 {
+        self.whole.hva() + self.offset
+    }
+    fn size(&self) -> u64 {
+        self.size
+    }
+    fn discard(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        self.whole.discard(self.offset + offset, len)
+    }
+    fn resident_bytes(&self) -> Option<u64> {
+        None
+    }
+}
+
+/// What follows a mapping in this process is none of its business: only what was brought comes before the guest.
+#[test]
+fn no_memory_but_what_was_brought_is_shown_to_the_guest() {
+    let whole = slice(8 * PAGE).backing;
+    let window = |at: u64| -> Arc<dyn SharedBacking> {
+        Arc::new(Window { whole: Arc::clone(&whole), offset: 4 * at * PAGE, size: 4 * PAGE })
+    };
+    let (low, high) = (window(0), window(1));
+    let vm = Recorder::new(SoftVm::default_type());
+    let lower = plain(0, 4 * PAGE, &low, 0, SlotFlags::empty());
+    let upper = plain(MIB, 4 * PAGE, &high, 0, SlotFlags::empty());
+    let memory = CvmMemory::builder().slot(lower.clone()).slot(upper).build(Arc::new(vm.clone())).unwrap();
+    vm.take();
+    for options in [BESIDE, FEW] {
+        let mut edit = memory.edit();
+        edit.grow(0, 6 * PAGE).unwrap();
+        let result = edit.commit(&options);
+        assert!(matches!(result, Err(EditError::SharedTooShort { .. })), "{result:?}");
+        for hva in [0, low.hva() - PAGE, low.hva() + 3 * PAGE, high.hva() + 3 * PAGE] {
+            for mapping in [0, hva, low.hva(), high.hva()] {
+                let region = Region { gfns: gfns(512, 514), hva, mapping, flags: SlotFlags::empty(), binding: None };
+                let mut edit = memory.edit();
+                edit.apply_all(vec![Operation::Create(region)]).unwrap();
+                let result = edit.commit(&options);
+                assert!(matches!(result, Err(EditError::SharedTooShort { .. })), "{region:x?}: {result:?}");
+            }
+        }
+        assert_eq!(vm.take(), []);
+    }
+    // Mappings that begin alike are told apart by where they end.
+    let all = plain(MIB, 8 * PAGE, &whole, 0, SlotFlags::empty());
+    let memory = CvmMemory::builder().slot(lower).slot(all).build(Arc::new(SoftVm::default_type())).unwrap();
+    for options in [BESIDE, FEW] {
+        let mut edit = memory.edit();
+        edit.truncate(MIB, 6 * PAGE).unwrap();
+        edit.commit(&options).unwrap();
+        let mut edit = memory.edit();
+        edit.grow(MIB, 8 * PAGE).unwrap();
+        edit.commit(&FEW).unwrap();
+    }
 }

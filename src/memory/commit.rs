@@ -25,7 +25,7 @@ use crate::edit::{self, Effects, Hazard, Plan, Prefer, Region, Step};
 use crate::gmem::FileId;
 use crate::layout::{Layout, LayoutError, Memslot, SlotId};
 
-use super::edit::{Edit, EditError, mapping_in};
+use super::edit::{Edit, EditError, check_mapped, mapping_in};
 use super::frames::Frames;
 use super::{CvmMemory, Materialise};
 
@@ -103,6 +103,7 @@ fn commit(edit: &Edit<'_>, options: &CommitOptions) -> Result<Committed, EditErr
     let plan = edit::plan(&before, draft, options.prefer)?;
     let naive_calls = before.table().len().saturating_add(plan.layout.table().len());
     let mappings = edit.mappings(&current);
+    check_mapped(draft, &mappings)?;
     let Some(changes) = changes(&plan, &mappings, &current)? else {
         return Ok(Committed { steps: Vec::new(), stopped: None, naive_calls });
     };
@@ -127,7 +128,7 @@ fn changes(plan: &Plan, mappings: &[Arc<dyn SharedBacking>], current: &Space) ->
     let mut deleted: Vec<Region> = plan.deleted().map(|slot| Region::of(&slot, old_mapping(&slot))).collect();
     let mut created = Vec::new();
     for slot in plan.created() {
-        let mapping = Edit::slice(&slot, mappings)?.map_or(slot.hva, |slice| slice.backing.hva());
+        let mapping = Edit::slice(&slot, mappings)?.backing.hva();
         created.push(Region::of(&slot, mapping));
     }
     deleted.sort_unstable_by_key(|region| region.gfns);
@@ -158,10 +159,10 @@ fn space_after(
             .get(slot.id)
             .filter(|old| (old.hva, old.gfns.pages()) == (slot.hva, slot.gfns.pages()));
         let slice = match kept.and_then(|old| current.shared(old.id)) {
-            Some(slice) => Some(slice.clone()),
+            Some(slice) => slice.clone(),
             None => Edit::slice(slot, mappings)?,
         };
-        shared.extend(slice.map(|slice| (slot.id, slice)));
+        shared.insert(slot.id, slice);
     }
     Ok(current.relaid(layout.clone(), edit.files.iter().cloned(), shared))
 }

@@ -42,7 +42,8 @@ pub enum EditError {
     /// It would do harm.
     #[error(transparent)]
     Hazard(#[from] Hazard),
-    /// The shared memory is shorter than what is to be made of it.
+    /// The mapping is shorter than what is to be made of it, or nobody has brought it. What lies behind it in this process is
+    /// never shown to the guest.
     #[error("{size:#x} bytes at gfns {gfns} exceed the shared memory's {available:#x} from offset {offset:#x}")]
     SharedTooShort {
         /// The frames.
@@ -177,6 +178,30 @@ pub(super) fn mapping_in(space: &Space) -> impl Fn(&Memslot) -> u64 {
     |slot| space.shared(slot.id).map_or(slot.hva, |slice| slice.backing.hva())
 }
 
+/// That all memory of `draft` lies in the mapping that it names. What comes behind that in this process is not the guest's.
+pub(super) fn check_mapped(draft: &Draft, mappings: &[Arc<dyn SharedBacking>]) -> Result<(), EditError> {
+    for Region { gfns, hva, mapping, .. } in draft.regions() {
+        let named = mappings.iter().skip(mappings.partition_point(|backing| backing.hva() < mapping));
+        let mut named = named.take_while(|backing| backing.hva() == mapping).peekable();
+        let first = named.peek().copied();
+        if !named.any(|backing| offset_in(backing, hva, gfns).is_some()) {
+            return Err(too_short(gfns, hva, first));
+        }
+    }
+    Ok(())
+}
+
+/// Where in `backing` the memory of `gfns` is that lies at `hva`, if all of it is there.
+fn offset_in(backing: &Arc<dyn SharedBacking>, hva: u64, gfns: GfnRange) -> Option<u64> {
+    let offset = hva.checked_sub(backing.hva())?;
+    (offset.checked_add(gfns.bytes())? <= backing.size()).then_some(offset)
+}
+
+fn too_short(gfns: GfnRange, hva: u64, backing: Option<&Arc<dyn SharedBacking>>) -> EditError {
+    let (start, available) = backing.map_or((hva, 0), |backing| (backing.hva(), backing.size()));
+    EditError::SharedTooShort { gfns, size: gfns.bytes(), offset: hva.saturating_sub(start), available }
+}
+
 fn frames(gpa: u64, size: u64) -> Result<GfnRange, EditError> {
     GfnRange::from_bytes(gpa, size).map_err(|error| EditError::Range { gpa, size, error })
 }
@@ -296,7 +321,8 @@ impl<'a> Edit<'a> {
         self.apply(Operation::Truncate { of, pages })
     }
 
-    /// Lengthens the memory that covers `gpa` to `size` bytes: with what follows in its mapping, and in its file.
+    /// Lengthens the memory that covers `gpa` to `size` bytes: with what follows in its mapping, and in its file. Whether these
+    /// are long enough is seen when the edit is committed.
     ///
     /// # Errors
     /// As all operations.
@@ -314,7 +340,8 @@ impl<'a> Edit<'a> {
         self.apply(Operation::ReplaceAll(regions))
     }
 
-    /// Applies operations in order, all of them or none: for many at once, on memory that the edit knows.
+    /// Applies operations in order, all of them or none: for many at once, on memory that the edit knows. Whether it does is
+    /// seen when it is committed: a region names the mapping that its shared memory lies in.
     ///
     /// # Errors
     /// As all operations.
@@ -347,16 +374,12 @@ impl<'a> Edit<'a> {
     }
 
     /// The memory of a slot to be: a slice of one of `mappings`.
-    pub(super) fn slice(slot: &Memslot, mappings: &[Arc<dyn SharedBacking>]) -> Result<Option<SharedSlice>, EditError> {
-        let above = mappings.partition_point(|backing| backing.hva() <= slot.hva);
-        let Some(backing) = above.checked_sub(1).and_then(|at| mappings.get(at)) else { return Ok(None) };
-        let offset = slot.hva.saturating_sub(backing.hva());
-        let (slice, size) = (SharedSlice { backing: Arc::clone(backing), offset }, slot.gfns.bytes());
-        let available = backing.size();
-        if offset.checked_add(size).is_none_or(|end| end > available) {
-            return Err(EditError::SharedTooShort { gfns: slot.gfns, size, offset, available });
-        }
-        Ok(Some(slice))
+    pub(super) fn slice(slot: &Memslot, mappings: &[Arc<dyn SharedBacking>]) -> Result<SharedSlice, EditError> {
+        let below = mappings.get(..mappings.partition_point(|backing| backing.hva() <= slot.hva)).unwrap_or_default();
+        let found =
+            below.iter().rev().find_map(|backing| offset_in(backing, slot.hva, slot.gfns).map(|at| (backing, at)));
+        let (backing, offset) = found.ok_or_else(|| too_short(slot.gfns, slot.hva, below.last()))?;
+        Ok(SharedSlice { backing: Arc::clone(backing), offset })
     }
 
     /// A file that the VM has, or that this edit brings.

@@ -72,14 +72,17 @@ fn best(old: &[Slot], wanted: &[Page], (cuts, whole): &(Vec<bool>, Vec<bool>), p
             if !can_move(&mut now, &targets, &moving) {
                 continue;
             }
-            let stays: Vec<Slot> = kept.iter().filter(|(old, new)| old.start == new.start).map(|(old, _)| *old).collect();
+            let stays: Vec<Slot> =
+                kept.iter().filter(|(old, new)| old.start == new.start).map(|(old, _)| *old).collect();
             let changed = kept.iter().filter(|(old, new)| old != new).count();
             let calls = (old.len() - kept.len() + changed + new.len() - kept.len()) as u64;
             let cost = match prefer {
                 Prefer::FewSlots => (new.len() as u64, calls),
                 Prefer::NoInterruption => {
-                    let leaving = old.iter().filter(|slot| !stays.contains(slot)).flat_map(|slot| slot.start..slot.end());
-                    let both = leaving.filter(|at| wanted.get(usize::try_from(*at).unwrap()).is_some_and(Option::is_some));
+                    let leaving =
+                        old.iter().filter(|slot| !stays.contains(slot)).flat_map(|slot| slot.start..slot.end());
+                    let both =
+                        leaving.filter(|at| wanted.get(usize::try_from(*at).unwrap()).is_some_and(Option::is_some));
                     (both.count() as u64, calls)
                 }
             };

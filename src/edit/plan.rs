@@ -7,7 +7,8 @@
 //!
 //! [`Prefer::FewSlots`] gives the fewest slots, and of such layouts one that takes the fewest calls.
 //! [`Prefer::NoInterruption`] keeps every slot that can be kept, and then takes the fewest calls. Both hold where no shared
-//! memory appears at two places and no run is longer than a slot may be; else they are close. Mirrors what
+//! memory appears at two places, no run is longer than a slot may be, and no more than ten slots wait for each other's places;
+//! else they are close. Mirrors what
 //! `kvm_set_memory_region()` allows: a slot with a guest_memfd is only created and deleted; `READONLY`, address and size
 //! never change; position and `LOG_DIRTY` may.
 

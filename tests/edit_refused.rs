@@ -12,6 +12,7 @@ use cvm_memory::backing::{SharedBacking, SharedSlice};
 use cvm_memory::convert::{Listener, ListenerError, LockError, SharedRun, State};
 use cvm_memory::edit::{Hazard, Operation, PlanError, Region};
 use cvm_memory::gate::{Gate, GateError, Kick};
+use cvm_memory::gmem::GuestMemfd;
 use cvm_memory::hypervisor::{Hazards, Hypervisor, Platform};
 use cvm_memory::layout::{LayoutError, SlotFlags, SlotId};
 use cvm_memory::memory::{CommitOptions, CvmMemory, EditError, SlotSpec};
@@ -383,4 +384,31 @@ fn no_memory_but_what_was_brought_is_shown_to_the_guest() {
         edit.grow(MIB, 8 * PAGE).unwrap();
         edit.commit(&FEW).unwrap();
     }
+}
+
+/// A file that an edit brings for memory that does not come to be stays its owner's alone.
+#[test]
+fn files_of_memory_that_never_was_are_let_go() {
+    let (vm, memory) = private_vm(SoftVm::software_protected(), 64);
+    let file = || Arc::new(vm.create_guest_memfd(MIB, 0).unwrap());
+    let spec = |gpa, file: &Arc<GuestMemfd>| {
+        let private = Some((Arc::clone(file), FilePage::ZERO));
+        SlotSpec { id: None, gpa, size: MIB, shared: slice(MIB), private, flags: SlotFlags::empty() }
+    };
+    let (refused, gone, stays) = (file(), file(), file());
+    let mut edit = memory.edit();
+    assert!(matches!(edit.create(spec(0, &refused)), Err(EditError::Refused(_))));
+    edit.create(spec(MIB, &gone)).unwrap();
+    edit.delete(MIB, MIB).unwrap();
+    edit.create(spec(2 * MIB, &stays)).unwrap();
+    edit.commit(&BESIDE).unwrap();
+    assert_eq!([&refused, &gone, &stays].map(|file| memory.space().file(file.id()).is_some()), [false, false, true]);
+    assert_eq!([&refused, &gone, &stays].map(|file| Arc::strong_count(file) > 1), [false, false, true]);
+    // They come when they are wanted; what the VM has had it keeps.
+    let mut edit = memory.edit();
+    edit.delete(2 * MIB, MIB).unwrap();
+    edit.create(spec(MIB, &gone)).unwrap();
+    edit.commit(&BESIDE).unwrap();
+    memory.add_slots(vec![spec(3 * MIB, &refused), spec(2 * MIB, &stays)]).unwrap();
+    assert_eq!([&refused, &gone, &stays].map(|file| memory.space().file(file.id()).is_some()), [true; 3]);
 }

@@ -33,7 +33,7 @@ pub struct Plan {
     pub layout: Layout,
     /// Frames that are memory before and after, and none for a moment in between, ascending.
     pub replaced: Vec<GfnRange>,
-    /// Slots whose dirty log the steps would lose.
+    /// Slots whose dirty log the steps would lose, or take to other frames.
     pub harvest: Vec<Memslot>,
 }
 
@@ -126,10 +126,11 @@ fn replaced(draft: &Draft, steps: &[Step]) -> Vec<GfnRange> {
     crate::addr::merge_adjacent(crate::addr::intersect_lists(&leaving, &memory))
 }
 
-/// Slots that stop being logged, or being at all.
+/// Slots that stop being logged, or being where they are, or at all.
 fn harvest(steps: &[Step]) -> Vec<Memslot> {
     let logged = |slot: Option<Memslot>| slot.filter(|slot| slot.flags.contains(SlotFlags::LOG_DIRTY));
-    // KVM makes a new log for a slot that moves.
+    // A slot that moves keeps its log. But entries of a ring are by slot and page of it, and have to be read while it is known
+    // which frames those are.
     let kept = |step: &&Step| matches!(step, Step::SetFlags { .. }) && logged(step.after()).is_some();
     steps.iter().filter(|step| !kept(step)).filter_map(|step| logged(step.before())).collect()
 }

@@ -100,7 +100,8 @@ fn commit(edit: &Edit<'_>, options: &CommitOptions) -> Result<Committed, EditErr
         replayed = edit.draft.replay(&before, mapping_in(&current))?;
         &replayed
     };
-    let plan = edit::plan(&before, draft, options.prefer)?;
+    let mut plan = edit::plan(&before, draft, options.prefer)?;
+    edit.let_go_unused(&mut plan.layout, &current);
     let naive_calls = before.table().len().saturating_add(plan.layout.table().len());
     let mappings = edit.mappings(&current);
     check_mapped(draft, &mappings)?;
@@ -164,7 +165,8 @@ fn space_after(
         };
         shared.insert(slot.id, slice);
     }
-    Ok(current.relaid(layout.clone(), edit.files.iter().cloned(), shared))
+    let files = edit.files.iter().filter(|file| layout.bindings(file.id()).is_some());
+    Ok(current.relaid(layout.clone(), files.cloned(), shared))
 }
 
 /// The slices of both layouts by what they are made of, for a layout in between.

@@ -14,7 +14,7 @@ use crate::convert::{LockError, StepError};
 use crate::edit::{Draft, Hazard, Operation, PlanError, Refused, Region, Step};
 use crate::gate::GateError;
 use crate::gmem::{FileId, GuestMemfd};
-use crate::layout::{FileBinding, Layout, LayoutError, Memslot, SlotFlags, SlotId};
+use crate::layout::{Bindings, FileBinding, Layout, LayoutError, Memslot, SlotFlags, SlotId};
 use crate::page_set::PageSetError;
 
 use super::{CvmMemory, SlotSpec};
@@ -61,8 +61,8 @@ pub enum EditError {
         /// The first such frames.
         gfns: GfnRange,
     },
-    /// A dirty log would go, and [nobody](CvmMemory::set_harvest) keeps its bits.
-    #[error("the dirty log of slot {slot:#x} would be lost")]
+    /// A dirty log would go or move, and [nobody](CvmMemory::set_harvest) keeps its bits.
+    #[error("nobody harvests the dirty log of slot {slot:#x}, which would go or move")]
     NobodyHarvests {
         /// The slot, as KVM numbers it.
         slot: u32,
@@ -364,6 +364,15 @@ impl<'a> Edit<'a> {
             }
         }
         Ok(layout)
+    }
+
+    /// Has `layout` forget the files of this edit that no slot came to need, and that the VM does not have.
+    pub(super) fn let_go_unused(&self, layout: &mut Layout, space: &Space) {
+        for id in self.files.iter().map(|file| file.id()).filter(|id| space.file(*id).is_none()) {
+            if layout.bindings(id).is_some_and(Bindings::is_empty) {
+                layout.close_file(id);
+            }
+        }
     }
 
     /// The mappings that the VM has and those that this edit brings, ascending.

@@ -6,6 +6,7 @@ use super::model::{cost, run};
 use super::moves::can_move;
 use super::*;
 use crate::edit::pieces::Pieces;
+use crate::layout::LayoutError;
 
 /// Frames that the slots begin with.
 const FRAMES: u64 = 7;
@@ -21,6 +22,16 @@ fn wanted_by(draft: &Draft) -> Vec<Page> {
         }
     }
     pages
+}
+
+fn pages_in(slots: &[Slot]) -> impl Iterator<Item = u64> {
+    slots.iter().flat_map(|slot| slot.host..slot.host + slot.pages)
+}
+
+/// Whether one of them is there twice.
+fn twice(pages: impl Iterator<Item = u64>) -> bool {
+    let mut seen = std::collections::BTreeSet::new();
+    !pages.into_iter().all(|page| seen.insert(page))
 }
 
 /// Where slots must begin, and where none may begin or end.
@@ -41,8 +52,24 @@ fn rules(draft: &Draft, count: usize) -> (Vec<bool>, Vec<bool>) {
     (cuts, whole)
 }
 
+fn check_rules(slots: &[Slot], (cuts, whole): &(Vec<bool>, Vec<bool>)) {
+    for at in 1..COUNT {
+        let index = usize::try_from(at).unwrap();
+        let begins = slots.iter().any(|slot| slot.start == at);
+        let within = slots.iter().any(|slot| slot.start < at && at < slot.end());
+        assert!(!(cuts[index] && within), "no slot begins at {at}");
+        assert!(!(whole[index] && begins), "a slot begins at {at}");
+    }
+}
+
 /// The best (slots, calls) or (pages interrupted, calls). No host page is at two places, before or after.
-fn best(old: &[Slot], wanted: &[Page], (cuts, whole): &(Vec<bool>, Vec<bool>), prefer: Prefer) -> (u64, u64) {
+fn best(
+    old: &[Slot],
+    wanted: &[Page],
+    (cuts, whole): &(Vec<bool>, Vec<bool>),
+    limit: u64,
+    prefer: Prefer,
+) -> (u64, u64) {
     let continues = |at: usize| match (wanted[at - 1], wanted[at]) {
         (Some(low), Some(high)) => low.page + 1 == high.page && low.flags == high.flags && !cuts[at],
         _ => false,
@@ -60,6 +87,9 @@ fn best(old: &[Slot], wanted: &[Page], (cuts, whole): &(Vec<bool>, Vec<bool>), p
                 let flags = SlotFlags::from_bits(host.flags).unwrap();
                 new.push(Slot { start: at as u64, pages: 1, host: host.page, flags });
             }
+        }
+        if new.iter().any(|slot| slot.pages > limit) {
+            continue;
         }
         let fixed = |slot: &Slot| (slot.pages, slot.host, slot.flags.contains(SlotFlags::READONLY));
         let target = |slot: &Slot| new.iter().find(|new| fixed(new) == fixed(slot)).copied();
@@ -139,15 +169,13 @@ fn no_plan_for_operations_is_better() {
             continue;
         }
         let wanted = wanted_by(&draft);
-        let mut hosts: Vec<u64> = wanted.iter().flatten().map(|host| host.page).collect();
-        hosts.sort_unstable();
-        if hosts.windows(2).any(|two| two[0] == two[1]) {
+        if twice(wanted.iter().flatten().map(|host| host.page)) {
             continue;
         }
         checked += 1;
         let rules = rules(&draft, wanted.len());
         for prefer in [Prefer::FewSlots, Prefer::NoInterruption] {
-            let best = best(&slots, &wanted, &rules, prefer);
+            let best = best(&slots, &wanted, &rules, u64::MAX, prefer);
             let plan = match plan(&layout, &draft, prefer) {
                 Ok(plan) => plan,
                 Err(PlanError::NoFreeId { needed, free }) => {
@@ -158,15 +186,59 @@ fn no_plan_for_operations_is_better() {
                 Err(other) => panic!("{other}"),
             };
             let after = run(&layout, &plan, &wanted);
-            for at in 1..wanted.len() {
-                let begins = after.iter().any(|slot| slot.start == at as u64);
-                let within = after.iter().any(|slot| slot.start < at as u64 && (at as u64) < slot.end());
-                assert!(!(rules.0[at] && within), "no slot begins at {at}: {draft:?}");
-                assert!(!(rules.1[at] && begins), "a slot begins at {at}: {draft:?}");
-            }
+            check_rules(&after, &rules);
             assert_eq!(cost(&plan, prefer), best, "{prefer:?} {draft:?}: {:?}", plan.steps);
             moves += usize::from(plan.steps.iter().any(|step| step.kind() == "move"));
         }
     }
     assert!(moves > 500 && few_ids > 100, "{moves} with moves, {few_ids} without ids");
+}
+
+/// Where a plan need not be the best, it is still right: runs longer than a slot may be, and memory that is at two places.
+#[test]
+fn plans_with_long_runs_and_aliases_are_right() {
+    let mut numbers = Numbers(13);
+    let (mut long, mut aliases, mut moves) = (0, 0, 0);
+    for _ in 0..4_000 {
+        let limit = 1 + numbers.below(3);
+        let mut slots: Vec<Slot> = Vec::new();
+        let mut start = numbers.below(2);
+        while start < FRAMES && slots.len() < 5 {
+            let pages = 1 + numbers.below(limit);
+            let flags = if numbers.below(5) == 0 { SlotFlags::LOG_DIRTY } else { SlotFlags::empty() };
+            let host = if numbers.below(8) == 0 { 0 } else { start };
+            slots.push(Slot { start, pages: pages.min(FRAMES - start), host, flags });
+            start += pages + numbers.below(3) / 2;
+        }
+        let layout = layout_of(Limits { pages_per_slot: limit, ..Limits::default() }, &slots);
+        let mut draft = draft_of(&layout);
+        for _ in 0..1 + numbers.below(4) {
+            let ops = (0..1 + numbers.below(2)).map(|_| any(&mut numbers, &slots)).collect();
+            let _refused = draft.apply_all(ops);
+        }
+        if draft.pieces.is_none() {
+            continue;
+        }
+        let wanted = wanted_by(&draft);
+        let aliased = [twice(wanted.iter().flatten().map(|host| host.page)), twice(pages_in(&slots))].contains(&true);
+        aliases += usize::from(aliased);
+        let rules = rules(&draft, wanted.len());
+        for prefer in [Prefer::FewSlots, Prefer::NoInterruption] {
+            let plan = match plan(&layout, &draft, prefer) {
+                Ok(plan) => plan,
+                // Only what was asked to be one slot is ever too long for one.
+                Err(PlanError::Layout(LayoutError::TooLarge { .. })) if rules.1.contains(&true) => continue,
+                Err(other) => panic!("{other}: {draft:?}"),
+            };
+            let after = run(&layout, &plan, &wanted);
+            long += usize::from(after.windows(2).any(|two| two[0].end() == two[1].start));
+            check_rules(&after, &rules);
+            moves += usize::from(plan.steps.iter().any(|step| step.kind() == "move"));
+            if !aliased {
+                let (found, best) = (cost(&plan, prefer), best(&slots, &wanted, &rules, limit, prefer));
+                assert!(found.0 == best.0 && found.1 <= best.1 + 1, "{prefer:?} {draft:?}: {:?}", plan.steps);
+            }
+        }
+    }
+    assert!(long > 2_000 && aliases > 500 && moves > 300, "{long} long, {aliases} aliases, {moves} with moves");
 }

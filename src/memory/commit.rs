@@ -6,7 +6,8 @@
 //! 2. memory that is new gets its first state; attributes are set where they must be before anybody sees a slot;
 //! 3. listeners unmap what goes and map what comes: only what really changes, and while the guest runs;
 //! 4. if slots are replaced, the gate closes; dirty logs that would go are harvested;
-//! 5. KVM's calls, and the new layout is published;
+//! 5. where the platform wants it and the caller allows it, private pages that appear at another frame are freed, which is not
+//!    undone; KVM's calls, and the new layout is published;
 //! 6. the gate opens.
 //!
 //! Page state is the guest's and no slot's: it does not change at all.
@@ -38,7 +39,8 @@ pub struct CommitOptions {
     pub patience: Duration,
     /// Private memory may go for good where the platform destroys it with its slot, or may keep a vCPU's state in it.
     pub lose_private: bool,
-    /// Private pages that appear at another frame are freed first where the platform wants that: their contents go.
+    /// Private pages that appear at another frame are freed first where the platform wants that: their contents go, and do not
+    /// come back should KVM then refuse a slot.
     pub free_rebound: bool,
     /// Dirty logs may go that nobody harvests.
     pub lose_dirty: bool,

@@ -263,7 +263,7 @@ impl<'a> Edit<'a> {
         self.apply(Operation::Delete(frames(gpa, size)?))
     }
 
-    /// Takes a slot away that was there before the edit.
+    /// Takes away what is at the frames of a slot that was there before the edit.
     ///
     /// # Errors
     /// As all operations; also if there was no such slot.

@@ -159,6 +159,45 @@ fn a_page_appears_at_another_frame_only_once_it_is_freed() {
     back(MIB).unwrap();
 }
 
+/// The guest may use pages until their slot goes, and again should it come back: what was freed is not free for ever.
+#[test]
+fn pages_that_were_freed_for_nothing_still_have_their_frame() {
+    let (vm, memory) = hazardous(Hazards { pages_keep_their_frame: true, ..Hazards::NONE });
+    let move_to = |gpa: u64, free_rebound: bool| {
+        let mut edit = memory.edit();
+        edit.move_to(0, 64 * PAGE, gpa).unwrap();
+        edit.commit(&CommitOptions { free_rebound, ..BESIDE })
+    };
+    vm.fail_matching(|call| matches!(call, Call::SetUserMemoryRegion2(r) if r.memory_size != 0), Errno::ENOMEM);
+    assert!(matches!(move_to(MIB, true), Err(EditError::Kvm { errno: Errno::ENOMEM, .. })));
+    assert!(vm.take().iter().any(Call::is_punch_hole));
+    assert_eq!(memory.gate().closures(), 1, "nobody uses them between that and the end of their slot");
+    for gpa in [MIB, 2 * MIB] {
+        assert!(matches!(move_to(gpa, false), Err(EditError::Hazard(Hazard::Rebound { .. }))));
+    }
+    // What was there for a moment before a later call failed, its guest may have used as well.
+    let file = Arc::new(vm.create_guest_memfd(2 * MIB, 0).unwrap());
+    let create = |edit: &mut cvm_memory::memory::Edit<'_>, gpa: u64, page: u64| {
+        let private = Some((Arc::clone(&file), FilePage::new(page).unwrap()));
+        let (size, shared, flags) = (MIB, slice(MIB), SlotFlags::empty());
+        edit.create(SlotSpec { id: None, gpa, size, shared, private, flags }).map(|_| ()).unwrap();
+    };
+    let mut edit = memory.edit();
+    create(&mut edit, MIB, 0);
+    create(&mut edit, 2 * MIB, 256);
+    vm.fail_matching(
+        |call| matches!(call, Call::SetUserMemoryRegion2(r) if r.guest_phys_addr == 2 * MIB),
+        Errno::ENOMEM,
+    );
+    assert!(matches!(edit.commit(&BESIDE), Err(EditError::Kvm { errno: Errno::ENOMEM, .. })));
+    let mut edit = memory.edit();
+    create(&mut edit, 4 * MIB, 0);
+    assert!(matches!(edit.commit(&BESIDE), Err(EditError::Hazard(Hazard::Rebound { .. }))));
+    let mut edit = memory.edit();
+    create(&mut edit, 4 * MIB, 256);
+    edit.commit(&BESIDE).unwrap();
+}
+
 /// Rule 3a: while there is no slot, no shared access may find one missing.
 #[test]
 fn memory_that_goes_is_sealed_where_holes_stick() {

@@ -21,7 +21,7 @@ use nix::errno::Errno;
 
 use crate::addr::{FileRange, GfnRange, intersect_lists, merge_adjacent, subtract_lists};
 use crate::backing::{SharedBacking, SharedSlice, Space};
-use crate::convert::Outcome;
+use crate::convert::{Outcome, StepError};
 use crate::edit::{self, Effects, Hazard, Plan, Prefer, Region, Step};
 use crate::gmem::FileId;
 use crate::layout::{Layout, LayoutError, Memslot, SlotId};
@@ -314,7 +314,8 @@ impl Work<'_> {
         let hazards = memory.platform().hazards;
         let vcpu_state = hazards.vcpu_state_in_private_memory && self.plan.deleted().any(|slot| slot.binding.is_some());
         let mut closed = None;
-        if self.plan.stops_vcpus() || vcpu_state {
+        // What is freed to be bound elsewhere must not be used once more where it is.
+        if self.plan.stops_vcpus() || vcpu_state || !rebound.is_empty() {
             closed = Some((memory.gate.close(self.options.patience)?, Instant::now()));
         }
         let result = self.harvest().and_then(|()| self.call_kvm(frames, rebound));
@@ -342,10 +343,11 @@ impl Work<'_> {
         let memory = self.memory;
         for (file, pages) in rebound {
             if let Some(owner) = self.edit.file(*file, self.current) {
-                owner.punch_hole(*pages).map_err(|error| EditError::Step {
-                    gfns: self.changes.hull,
-                    error: crate::convert::StepError::Private { gfns: self.changes.hull, error },
-                })?;
+                if let Err(error) = owner.punch_hole(*pages) {
+                    self.remember_frames(frames, 0);
+                    let gfns = self.changes.hull;
+                    return Err(EditError::Step { gfns, error: StepError::Private { gfns, error } });
+                }
                 frames.freed(*file, *pages);
             }
         }
@@ -358,11 +360,24 @@ impl Work<'_> {
                 self.plan.created().for_each(|slot| frames.bound(&slot));
                 Ok(())
             }
-            Err(failed) => Err(self.failed(&failed)),
+            Err(failed) => {
+                let error = self.failed(&failed);
+                self.remember_frames(frames, failed.at);
+                Err(error)
+            }
         };
         memory.intended.store(None);
         memory.changes.fetch_add(1, Ordering::AcqRel);
         result
+    }
+
+    /// After a failure that so many steps came before: a guest may have used what was there for a moment, and uses what is there.
+    fn remember_frames(&self, frames: &mut Frames, steps: usize) {
+        self.plan.steps.iter().take(steps).filter_map(Step::after).for_each(|slot| frames.bound(&slot));
+        let space = self.memory.converter.space().clone();
+        let there = self.plan.deleted().chain(self.plan.created());
+        let there = there.filter(|slot| space.layout().table().get(slot.id) == Some(slot));
+        there.for_each(|slot| frames.bound(&slot));
     }
 
     /// What the failure left, published.
@@ -402,7 +417,7 @@ impl Work<'_> {
     /// Takes steps 3 and 2 back.
     fn undo(&self, done: &Done) {
         let converter = &self.memory.converter;
-        let complain = |what: &str, result: Result<(), crate::convert::StepError>| {
+        let complain = |what: &str, result: Result<(), StepError>| {
             if let Err(error) = result {
                 tracing::error!(%error, "undoing an edit: {what}");
             }

@@ -15,7 +15,7 @@ use cvm_memory::gate::{Gate, GateError, Kick};
 use cvm_memory::gmem::GuestMemfd;
 use cvm_memory::hypervisor::{Hazards, Hypervisor, Platform};
 use cvm_memory::layout::{LayoutError, SlotFlags, SlotId};
-use cvm_memory::memory::{CommitOptions, CvmMemory, EditError, SlotSpec};
+use cvm_memory::memory::{CommitOptions, CvmMemory, EditError, SlotError, SlotSpec};
 use cvm_memory::soft::{Arch, SoftVm, Tagged};
 use cvm_memory_testkit::{Call, Recorder};
 use edit_kit::*;
@@ -196,6 +196,19 @@ fn pages_that_were_freed_for_nothing_still_have_their_frame() {
     let mut edit = memory.edit();
     create(&mut edit, 4 * MIB, 256);
     edit.commit(&BESIDE).unwrap();
+    // The same where slots are added.
+    let file = Arc::new(vm.create_guest_memfd(2 * MIB, 0).unwrap());
+    let spec = |gpa: u64, page: u64| {
+        let private = Some((Arc::clone(&file), FilePage::new(page).unwrap()));
+        SlotSpec { id: None, gpa, size: MIB, shared: slice(MIB), private, flags: SlotFlags::empty() }
+    };
+    vm.fail_matching(
+        |call| matches!(call, Call::SetUserMemoryRegion2(r) if r.guest_phys_addr == 7 * MIB),
+        Errno::ENOMEM,
+    );
+    assert!(matches!(memory.add_slots(vec![spec(6 * MIB, 0), spec(7 * MIB, 256)]), Err(SlotError::Kvm { .. })));
+    assert!(matches!(memory.add_slots(vec![spec(8 * MIB, 0)]), Err(SlotError::Rebound { .. })));
+    memory.add_slots(vec![spec(6 * MIB, 0), spec(8 * MIB, 256)]).unwrap();
 }
 
 /// Rule 3a: while there is no slot, no shared access may find one missing.

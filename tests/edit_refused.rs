@@ -8,15 +8,16 @@ use std::thread;
 use std::time::Duration;
 
 use cvm_memory::addr::{FilePage, Gpa};
-use cvm_memory::backing::SharedSlice;
+use cvm_memory::backing::{SharedBacking, SharedSlice};
 use cvm_memory::convert::{Listener, ListenerError, LockError, SharedRun, State};
-use cvm_memory::edit::{Hazard, PlanError};
+use cvm_memory::edit::{Hazard, Operation, PlanError, Region};
 use cvm_memory::gate::{Gate, GateError, Kick};
+use cvm_memory::gmem::GuestMemfd;
 use cvm_memory::hypervisor::{Hazards, Hypervisor, Platform};
 use cvm_memory::layout::{LayoutError, SlotFlags, SlotId};
-use cvm_memory::memory::{CommitOptions, CvmMemory, EditError, SlotSpec};
+use cvm_memory::memory::{CommitOptions, CvmMemory, EditError, SlotError, SlotSpec};
 use cvm_memory::soft::{Arch, SoftVm, Tagged};
-use cvm_memory_testkit::Call;
+use cvm_memory_testkit::{Call, Recorder};
 use edit_kit::*;
 use nix::errno::Errno;
 
@@ -156,6 +157,58 @@ fn a_page_appears_at_another_frame_only_once_it_is_freed() {
     };
     assert!(matches!(back(16 * PAGE), Err(EditError::Hazard(Hazard::Rebound { .. }))));
     back(MIB).unwrap();
+}
+
+/// The guest may use pages until their slot goes, and again should it come back: what was freed is not free for ever.
+#[test]
+fn pages_that_were_freed_for_nothing_still_have_their_frame() {
+    let (vm, memory) = hazardous(Hazards { pages_keep_their_frame: true, ..Hazards::NONE });
+    let move_to = |gpa: u64, free_rebound: bool| {
+        let mut edit = memory.edit();
+        edit.move_to(0, 64 * PAGE, gpa).unwrap();
+        edit.commit(&CommitOptions { free_rebound, ..BESIDE })
+    };
+    vm.fail_matching(|call| matches!(call, Call::SetUserMemoryRegion2(r) if r.memory_size != 0), Errno::ENOMEM);
+    assert!(matches!(move_to(MIB, true), Err(EditError::Kvm { errno: Errno::ENOMEM, .. })));
+    assert!(vm.take().iter().any(Call::is_punch_hole));
+    assert_eq!(memory.gate().closures(), 1, "nobody uses them between that and the end of their slot");
+    for gpa in [MIB, 2 * MIB] {
+        assert!(matches!(move_to(gpa, false), Err(EditError::Hazard(Hazard::Rebound { .. }))));
+    }
+    // What was there for a moment before a later call failed, its guest may have used as well.
+    let file = Arc::new(vm.create_guest_memfd(2 * MIB, 0).unwrap());
+    let create = |edit: &mut cvm_memory::memory::Edit<'_>, gpa: u64, page: u64| {
+        let private = Some((Arc::clone(&file), FilePage::new(page).unwrap()));
+        let (size, shared, flags) = (MIB, slice(MIB), SlotFlags::empty());
+        edit.create(SlotSpec { id: None, gpa, size, shared, private, flags }).map(|_| ()).unwrap();
+    };
+    let mut edit = memory.edit();
+    create(&mut edit, MIB, 0);
+    create(&mut edit, 2 * MIB, 256);
+    vm.fail_matching(
+        |call| matches!(call, Call::SetUserMemoryRegion2(r) if r.guest_phys_addr == 2 * MIB),
+        Errno::ENOMEM,
+    );
+    assert!(matches!(edit.commit(&BESIDE), Err(EditError::Kvm { errno: Errno::ENOMEM, .. })));
+    let mut edit = memory.edit();
+    create(&mut edit, 4 * MIB, 0);
+    assert!(matches!(edit.commit(&BESIDE), Err(EditError::Hazard(Hazard::Rebound { .. }))));
+    let mut edit = memory.edit();
+    create(&mut edit, 4 * MIB, 256);
+    edit.commit(&BESIDE).unwrap();
+    // The same where slots are added.
+    let file = Arc::new(vm.create_guest_memfd(2 * MIB, 0).unwrap());
+    let spec = |gpa: u64, page: u64| {
+        let private = Some((Arc::clone(&file), FilePage::new(page).unwrap()));
+        SlotSpec { id: None, gpa, size: MIB, shared: slice(MIB), private, flags: SlotFlags::empty() }
+    };
+    vm.fail_matching(
+        |call| matches!(call, Call::SetUserMemoryRegion2(r) if r.guest_phys_addr == 7 * MIB),
+        Errno::ENOMEM,
+    );
+    assert!(matches!(memory.add_slots(vec![spec(6 * MIB, 0), spec(7 * MIB, 256)]), Err(SlotError::Kvm { .. })));
+    assert!(matches!(memory.add_slots(vec![spec(8 * MIB, 0)]), Err(SlotError::Rebound { .. })));
+    memory.add_slots(vec![spec(6 * MIB, 0), spec(8 * MIB, 256)]).unwrap();
 }
 
 /// Rule 3a: while there is no slot, no shared access may find one missing.
@@ -316,4 +369,98 @@ fn s01_s02_memory_that_begins_and_ends_anywhere() {
         assert!(section(gpa, size).is_none(), "{gpa:#x} {size:#x}");
     }
     assert_eq!(section(0x1000, 0x1000).map(|slot| (slot.gpa, slot.size)), Some((0x1000, 0x1000)));
+}
+
+/// Part of another mapping: two of these can touch.
+#[derive(Debug)]
+struct Window {
+    whole: Arc<dyn SharedBacking>,
+    offset: u64,
+    size: u64,
+}
+
+// SAFETY: part of what is vouched for, and it lives as long.
+#[allow(unsafe_code, reason = "a mapping beside another cannot be had from SharedMemory at will")]
+unsafe impl SharedBacking for Window {
+    fn hva(&self) -> u64 {
+        self.whole.hva() + self.offset
+    }
+    fn size(&self) -> u64 {
+        self.size
+    }
+    fn discard(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        self.whole.discard(self.offset + offset, len)
+    }
+    fn resident_bytes(&self) -> Option<u64> {
+        None
+    }
+}
+
+/// What follows a mapping in this process is none of its business: only what was brought comes before the guest.
+#[test]
+fn no_memory_but_what_was_brought_is_shown_to_the_guest() {
+    let whole = slice(8 * PAGE).backing;
+    let window = |at: u64| -> Arc<dyn SharedBacking> {
+        Arc::new(Window { whole: Arc::clone(&whole), offset: 4 * at * PAGE, size: 4 * PAGE })
+    };
+    let (low, high) = (window(0), window(1));
+    let vm = Recorder::new(SoftVm::default_type());
+    let lower = plain(0, 4 * PAGE, &low, 0, SlotFlags::empty());
+    let upper = plain(MIB, 4 * PAGE, &high, 0, SlotFlags::empty());
+    let memory = CvmMemory::builder().slot(lower.clone()).slot(upper).build(Arc::new(vm.clone())).unwrap();
+    vm.take();
+    for options in [BESIDE, FEW] {
+        let mut edit = memory.edit();
+        edit.grow(0, 6 * PAGE).unwrap();
+        let result = edit.commit(&options);
+        assert!(matches!(result, Err(EditError::SharedTooShort { .. })), "{result:?}");
+        for hva in [0, low.hva() - PAGE, low.hva() + 3 * PAGE, high.hva() + 3 * PAGE] {
+            for mapping in [0, hva, low.hva(), high.hva()] {
+                let region = Region { gfns: gfns(512, 514), hva, mapping, flags: SlotFlags::empty(), binding: None };
+                let mut edit = memory.edit();
+                edit.apply_all(vec![Operation::Create(region)]).unwrap();
+                let result = edit.commit(&options);
+                assert!(matches!(result, Err(EditError::SharedTooShort { .. })), "{region:x?}: {result:?}");
+            }
+        }
+        assert_eq!(vm.take(), []);
+    }
+    // Mappings that begin alike are told apart by where they end.
+    let all = plain(MIB, 8 * PAGE, &whole, 0, SlotFlags::empty());
+    let memory = CvmMemory::builder().slot(lower).slot(all).build(Arc::new(SoftVm::default_type())).unwrap();
+    for options in [BESIDE, FEW] {
+        let mut edit = memory.edit();
+        edit.truncate(MIB, 6 * PAGE).unwrap();
+        edit.commit(&options).unwrap();
+        let mut edit = memory.edit();
+        edit.grow(MIB, 8 * PAGE).unwrap();
+        edit.commit(&FEW).unwrap();
+    }
+}
+
+/// A file that an edit brings for memory that does not come to be stays its owner's alone.
+#[test]
+fn files_of_memory_that_never_was_are_let_go() {
+    let (vm, memory) = private_vm(SoftVm::software_protected(), 64);
+    let file = || Arc::new(vm.create_guest_memfd(MIB, 0).unwrap());
+    let spec = |gpa, file: &Arc<GuestMemfd>| {
+        let private = Some((Arc::clone(file), FilePage::ZERO));
+        SlotSpec { id: None, gpa, size: MIB, shared: slice(MIB), private, flags: SlotFlags::empty() }
+    };
+    let (refused, gone, stays) = (file(), file(), file());
+    let mut edit = memory.edit();
+    assert!(matches!(edit.create(spec(0, &refused)), Err(EditError::Refused(_))));
+    edit.create(spec(MIB, &gone)).unwrap();
+    edit.delete(MIB, MIB).unwrap();
+    edit.create(spec(2 * MIB, &stays)).unwrap();
+    edit.commit(&BESIDE).unwrap();
+    assert_eq!([&refused, &gone, &stays].map(|file| memory.space().file(file.id()).is_some()), [false, false, true]);
+    assert_eq!([&refused, &gone, &stays].map(|file| Arc::strong_count(file) > 1), [false, false, true]);
+    // They come when they are wanted; what the VM has had it keeps.
+    let mut edit = memory.edit();
+    edit.delete(2 * MIB, MIB).unwrap();
+    edit.create(spec(MIB, &gone)).unwrap();
+    edit.commit(&BESIDE).unwrap();
+    memory.add_slots(vec![spec(3 * MIB, &refused), spec(2 * MIB, &stays)]).unwrap();
+    assert_eq!([&refused, &gone, &stays].map(|file| memory.space().file(file.id()).is_some()), [true; 3]);
 }

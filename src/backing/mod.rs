@@ -148,8 +148,9 @@ impl Space {
     /// The shared backings, each once however many slots use it.
     pub fn shared_backings(&self) -> Vec<&Arc<dyn SharedBacking>> {
         let mut distinct: Vec<&Arc<dyn SharedBacking>> = self.shared.values().map(|slice| &slice.backing).collect();
-        distinct.sort_unstable_by_key(|backing| backing.hva());
-        distinct.dedup_by_key(|backing| backing.hva());
+        let extent = |backing: &&Arc<dyn SharedBacking>| (backing.hva(), backing.size());
+        distinct.sort_unstable_by_key(extent);
+        distinct.dedup_by_key(|backing| extent(backing));
         distinct
     }
 

@@ -52,7 +52,7 @@ impl Assignment {
     }
 }
 
-/// Cuts the memory into slots and finds the old ones among them. Those in `stuck` may not move.
+/// Cuts the memory into slots and finds the old ones among them. Those in `stuck`, ascending, may not move.
 pub(super) fn assign(pieces: &[Piece], old: &Slots, prefer: Prefer, limit: u64, stuck: &[usize]) -> Assignment {
     let slots = old.all();
     let mut fates = vec![Fate::Goes; slots.len()];

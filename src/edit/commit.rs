@@ -33,7 +33,7 @@ pub trait Harvest: std::fmt::Debug + Send + Sync {
         Ok(())
     }
 
-    /// The dirty log of `slot` is about to go. No vCPU is in the guest, and none of them enters before this returns.
+    /// The dirty log of `slot` is about to go, or to go elsewhere with a slot that moves. No vCPU is in the guest, and none of them enters before this returns.
     /// Bit `n` is about byte `n * 4096` of `memory`.
     ///
     /// # Errors

@@ -177,7 +177,8 @@ impl Draft {
             if swept.is_some() {
                 pieces = swept;
             } else {
-                let mut next = now.cloned().unwrap_or_else(|| Pieces(self.old.pieces().collect()));
+                let next = pieces.take().or_else(|| self.pieces.clone());
+                let mut next = next.unwrap_or_else(|| Pieces(self.old.pieces().collect()));
                 for (at, op) in batch.iter().enumerate() {
                     next.apply(op).map_err(|reason| {
                         let before = ops.len().saturating_sub(rest.len()).saturating_add(at);

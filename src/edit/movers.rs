@@ -67,7 +67,8 @@ pub(super) struct Movers(Vec<(u64, usize)>);
 
 impl Movers {
     pub(super) fn new(old: &Slots, gone: &[usize], stuck: &[usize]) -> Self {
-        let free = gone.iter().filter(|at| !stuck.contains(at)).filter_map(|at| Some((old.get(*at)?, *at)));
+        let free =
+            gone.iter().filter(|at| stuck.binary_search(at).is_err()).filter_map(|at| Some((old.get(*at)?, *at)));
         let free = free.filter(|(slot, _)| !slot.flags.contains(SlotFlags::GUEST_MEMFD));
         let mut movers: Vec<_> = free.map(|(slot, at)| (slot.hva, at)).collect();
         movers.sort_unstable();

@@ -4,7 +4,7 @@ use crate::addr::{Gfn, GfnRange};
 use crate::layout::SlotFlags;
 
 use super::error::Reason;
-use super::pieces::{Piece, Pieces, Was, check_some};
+use super::pieces::{Piece, Pieces, Was, check_region};
 use super::region::Region;
 
 /// One operation on a layout. Frames are what memory is called by; slots and their ids follow from the plan.
@@ -70,6 +70,7 @@ impl Pieces {
     pub(super) fn apply(&mut self, op: &Operation) -> Result<(), Reason> {
         match op {
             Operation::Create(region) => {
+                check_region(region)?;
                 self.check_free(region.gfns)?;
                 self.put([Piece::new(*region)]);
             }
@@ -109,7 +110,7 @@ impl Pieces {
                 let more = pages.checked_sub(now).ok_or(Reason::Length { now, wanted: *pages })?;
                 if more != 0 {
                     let wraps = Reason::Wraps { at: piece.gfns().end(), pages: more };
-                    let added = piece.region.following(more).ok_or(wraps)?;
+                    let added = piece.region.following(more).filter(Region::ends).ok_or(wraps)?;
                     self.check_free(added.gfns)?;
                     self.put([Piece::new(added)]);
                 }
@@ -164,7 +165,7 @@ impl Pieces {
         sorted.sort_by_key(|piece| piece.gfns().start());
         let mut end = Gfn::ZERO;
         for piece in &sorted {
-            check_some(piece.gfns())?;
+            check_region(&piece.region)?;
             if piece.gfns().start() < end {
                 let (start, end) = (piece.gfns().start(), end.min(piece.gfns().end()));
                 return Err(Reason::Occupied { gfns: GfnRange::new(start, end).unwrap_or(piece.gfns()) });

@@ -175,12 +175,9 @@ impl Pieces {
                 return Err(Reason::NotMergeable { at: high.gfns().start() });
             }
         }
-        if pieces.len() > 1 {
-            let gfns = first.gfns().hull(&last.gfns());
-            let joined =
-                Piece { region: Region { gfns, ..first.region }, cut: first.cut, whole: true, was: Was::Unknown };
-            self.0.splice(span, [joined]);
-        }
+        let gfns = first.gfns().hull(&last.gfns());
+        let joined = Piece { region: Region { gfns, ..first.region }, cut: first.cut, whole: true, was: Was::Unknown };
+        self.0.splice(span, [joined]);
         Ok(())
     }
 
@@ -189,6 +186,13 @@ impl Pieces {
         let span = self.span(gfns);
         self.0.get_mut(span).unwrap_or_default()
     }
+}
+
+/// That it has pages, and an address and a file page behind each.
+pub(super) fn check_region(region: &Region) -> Result<(), Reason> {
+    let gfns = region.gfns;
+    check_some(gfns)?;
+    if region.ends() { Ok(()) } else { Err(Reason::Wraps { at: gfns.start(), pages: gfns.pages() }) }
 }
 
 pub(super) fn check_some(gfns: GfnRange) -> Result<(), Reason> {

@@ -7,7 +7,8 @@
 //!
 //! [`Prefer::FewSlots`] gives the fewest slots, and of such layouts one that takes the fewest calls.
 //! [`Prefer::NoInterruption`] keeps every slot that can be kept, and then takes the fewest calls. Both hold where no shared
-//! memory appears at two places and no run is longer than a slot may be; else they are close. Mirrors what
+//! memory appears at two places, no run is longer than a slot may be, and no more than ten slots wait for each other's places;
+//! else they are close. Mirrors what
 //! `kvm_set_memory_region()` allows: a slot with a guest_memfd is only created and deleted; `READONLY`, address and size
 //! never change; position and `LOG_DIRTY` may.
 
@@ -32,7 +33,7 @@ pub struct Plan {
     pub layout: Layout,
     /// Frames that are memory before and after, and none for a moment in between, ascending.
     pub replaced: Vec<GfnRange>,
-    /// Slots whose dirty log the steps would lose.
+    /// Slots whose dirty log the steps would lose, or take to other frames.
     pub harvest: Vec<Memslot>,
 }
 
@@ -125,10 +126,11 @@ fn replaced(draft: &Draft, steps: &[Step]) -> Vec<GfnRange> {
     crate::addr::merge_adjacent(crate::addr::intersect_lists(&leaving, &memory))
 }
 
-/// Slots that stop being logged, or being at all.
+/// Slots that stop being logged, or being where they are, or at all.
 fn harvest(steps: &[Step]) -> Vec<Memslot> {
     let logged = |slot: Option<Memslot>| slot.filter(|slot| slot.flags.contains(SlotFlags::LOG_DIRTY));
-    // KVM makes a new log for a slot that moves.
+    // A slot that moves keeps its log. But entries of a ring are by slot and page of it, and have to be read while it is known
+    // which frames those are.
     let kept = |step: &&Step| matches!(step, Step::SetFlags { .. }) && logged(step.after()).is_some();
     steps.iter().filter(|step| !kept(step)).filter_map(|step| logged(step.before())).collect()
 }

@@ -62,6 +62,11 @@ impl Region {
         Some((self.hva.checked_add(skip.checked_mul(1 << PAGE_SHIFT)?)?, binding))
     }
 
+    /// Whether its memory ends at an address and a file page that there are.
+    pub(super) fn ends(&self) -> bool {
+        self.memory_at(self.gfns.pages()).is_some()
+    }
+
     /// What a region that goes on where this one ends would be, `pages` long.
     pub fn following(&self, pages: u64) -> Option<Self> {
         let gfns = GfnRange::with_len(self.gfns.end(), pages).ok()?;

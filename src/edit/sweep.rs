@@ -16,10 +16,10 @@ const START_BITS: u32 = 40;
 const CREATES: u64 = 1 << (AT_BITS + START_BITS);
 
 /// What an operation is, where it begins, and which one it is, in one word: nothing else is sorted, for operations are large.
-fn key(op: &Operation, at: usize) -> Option<u64> {
+pub(super) fn key(op: &Operation, at: usize) -> Option<u64> {
     let (gfns, kind) = match op {
         Operation::Delete(gfns) => (gfns, 0),
-        Operation::Create(region) => (&region.gfns, CREATES),
+        Operation::Create(region) if region.ends() => (&region.gfns, CREATES),
         _ => return None,
     };
     let (start, at) = (gfns.start().get(), u64::try_from(at).ok()?);

@@ -6,7 +6,8 @@
 //! 2. memory that is new gets its first state; attributes are set where they must be before anybody sees a slot;
 //! 3. listeners unmap what goes and map what comes: only what really changes, and while the guest runs;
 //! 4. if slots are replaced, the gate closes; dirty logs that would go are harvested;
-//! 5. KVM's calls, and the new layout is published;
+//! 5. where the platform wants it and the caller allows it, private pages that appear at another frame are freed, which is not
+//!    undone; KVM's calls, and the new layout is published;
 //! 6. the gate opens.
 //!
 //! Page state is the guest's and no slot's: it does not change at all.
@@ -20,12 +21,12 @@ use nix::errno::Errno;
 
 use crate::addr::{FileRange, GfnRange, intersect_lists, merge_adjacent, subtract_lists};
 use crate::backing::{SharedBacking, SharedSlice, Space};
-use crate::convert::Outcome;
+use crate::convert::{Outcome, StepError};
 use crate::edit::{self, Effects, Hazard, Plan, Prefer, Region, Step};
 use crate::gmem::FileId;
 use crate::layout::{Layout, LayoutError, Memslot, SlotId};
 
-use super::edit::{Edit, EditError, mapping_in};
+use super::edit::{Edit, EditError, check_mapped, mapping_in};
 use super::frames::Frames;
 use super::{CvmMemory, Materialise};
 
@@ -38,7 +39,8 @@ pub struct CommitOptions {
     pub patience: Duration,
     /// Private memory may go for good where the platform destroys it with its slot, or may keep a vCPU's state in it.
     pub lose_private: bool,
-    /// Private pages that appear at another frame are freed first where the platform wants that: their contents go.
+    /// Private pages that appear at another frame are freed first where the platform wants that: their contents go, and do not
+    /// come back should KVM then refuse a slot.
     pub free_rebound: bool,
     /// Dirty logs may go that nobody harvests.
     pub lose_dirty: bool,
@@ -100,9 +102,11 @@ fn commit(edit: &Edit<'_>, options: &CommitOptions) -> Result<Committed, EditErr
         replayed = edit.draft.replay(&before, mapping_in(&current))?;
         &replayed
     };
-    let plan = edit::plan(&before, draft, options.prefer)?;
+    let mut plan = edit::plan(&before, draft, options.prefer)?;
+    edit.let_go_unused(&mut plan.layout, &current);
     let naive_calls = before.table().len().saturating_add(plan.layout.table().len());
     let mappings = edit.mappings(&current);
+    check_mapped(draft, &mappings)?;
     let Some(changes) = changes(&plan, &mappings, &current)? else {
         return Ok(Committed { steps: Vec::new(), stopped: None, naive_calls });
     };
@@ -130,7 +134,7 @@ fn changes(plan: &Plan, mappings: &[Arc<dyn SharedBacking>], current: &Space) ->
     let mut deleted: Vec<Region> = plan.deleted().map(|slot| Region::of(&slot, old_mapping(&slot))).collect();
     let mut created = Vec::new();
     for slot in plan.created() {
-        let mapping = Edit::slice(&slot, mappings)?.map_or(slot.hva, |slice| slice.backing.hva());
+        let mapping = Edit::slice(&slot, mappings)?.backing.hva();
         created.push(Region::of(&slot, mapping));
     }
     deleted.sort_unstable_by_key(|region| region.gfns);
@@ -161,12 +165,13 @@ fn space_after(
             .get(slot.id)
             .filter(|old| (old.hva, old.gfns.pages()) == (slot.hva, slot.gfns.pages()));
         let slice = match kept.and_then(|old| current.shared(old.id)) {
-            Some(slice) => Some(slice.clone()),
+            Some(slice) => slice.clone(),
             None => Edit::slice(slot, mappings)?,
         };
-        shared.extend(slice.map(|slice| (slot.id, slice)));
+        shared.insert(slot.id, slice);
     }
-    Ok(current.relaid(layout.clone(), edit.files.iter().cloned(), shared))
+    let files = edit.files.iter().filter(|file| layout.bindings(file.id()).is_some());
+    Ok(current.relaid(layout.clone(), files.cloned(), shared))
 }
 
 /// The slices of both layouts by what they are made of, for a layout in between.
@@ -312,7 +317,8 @@ impl Work<'_> {
         let hazards = memory.platform().hazards;
         let vcpu_state = hazards.vcpu_state_in_private_memory && self.plan.deleted().any(|slot| slot.binding.is_some());
         let mut closed = None;
-        if self.plan.stops_vcpus() || vcpu_state {
+        // What is freed to be bound elsewhere must not be used once more where it is.
+        if self.plan.stops_vcpus() || vcpu_state || !rebound.is_empty() {
             closed = Some((memory.gate.close(self.options.patience)?, Instant::now()));
         }
         let result = self.harvest().and_then(|()| self.call_kvm(frames, rebound));
@@ -340,10 +346,11 @@ impl Work<'_> {
         let memory = self.memory;
         for (file, pages) in rebound {
             if let Some(owner) = self.edit.file(*file, self.current) {
-                owner.punch_hole(*pages).map_err(|error| EditError::Step {
-                    gfns: self.changes.hull,
-                    error: crate::convert::StepError::Private { gfns: self.changes.hull, error },
-                })?;
+                if let Err(error) = owner.punch_hole(*pages) {
+                    self.remember_frames(frames, 0);
+                    let gfns = self.changes.hull;
+                    return Err(EditError::Step { gfns, error: StepError::Private { gfns, error } });
+                }
                 frames.freed(*file, *pages);
             }
         }
@@ -356,11 +363,24 @@ impl Work<'_> {
                 self.plan.created().for_each(|slot| frames.bound(&slot));
                 Ok(())
             }
-            Err(failed) => Err(self.failed(&failed)),
+            Err(failed) => {
+                let error = self.failed(&failed);
+                self.remember_frames(frames, failed.at);
+                Err(error)
+            }
         };
         memory.intended.store(None);
         memory.changes.fetch_add(1, Ordering::AcqRel);
         result
+    }
+
+    /// After a failure that so many steps came before: a guest may have used what was there for a moment, and uses what is there.
+    fn remember_frames(&self, frames: &mut Frames, steps: usize) {
+        self.plan.steps.iter().take(steps).filter_map(Step::after).for_each(|slot| frames.bound(&slot));
+        let space = self.memory.converter.space().clone();
+        let there = self.plan.deleted().chain(self.plan.created());
+        let there = there.filter(|slot| space.layout().table().get(slot.id) == Some(slot));
+        there.for_each(|slot| frames.bound(&slot));
     }
 
     /// What the failure left, published.
@@ -400,7 +420,7 @@ impl Work<'_> {
     /// Takes steps 3 and 2 back.
     fn undo(&self, done: &Done) {
         let converter = &self.memory.converter;
-        let complain = |what: &str, result: Result<(), crate::convert::StepError>| {
+        let complain = |what: &str, result: Result<(), StepError>| {
             if let Err(error) = result {
                 tracing::error!(%error, "undoing an edit: {what}");
             }

@@ -14,7 +14,7 @@ use crate::convert::{LockError, StepError};
 use crate::edit::{Draft, Hazard, Operation, PlanError, Refused, Region, Step};
 use crate::gate::GateError;
 use crate::gmem::{FileId, GuestMemfd};
-use crate::layout::{Layout, LayoutError, Memslot, SlotFlags, SlotId};
+use crate::layout::{Bindings, Layout, LayoutError, Memslot, SlotFlags, SlotId};
 use crate::page_set::PageSetError;
 
 use super::{CvmMemory, SlotSpec};
@@ -42,7 +42,8 @@ pub enum EditError {
     /// It would do harm.
     #[error(transparent)]
     Hazard(#[from] Hazard),
-    /// The shared memory is shorter than what is to be made of it.
+    /// The mapping is shorter than what is to be made of it, or nobody has brought it. What lies behind it in this process is
+    /// never shown to the guest.
     #[error("{size:#x} bytes at gfns {gfns} exceed the shared memory's {available:#x} from offset {offset:#x}")]
     SharedTooShort {
         /// The frames.
@@ -69,8 +70,8 @@ pub enum EditError {
         /// The first such frames.
         gfns: GfnRange,
     },
-    /// A dirty log would go, and [nobody](CvmMemory::set_harvest) keeps its bits.
-    #[error("the dirty log of slot {slot:#x} would be lost")]
+    /// A dirty log would go or move, and [nobody](CvmMemory::set_harvest) keeps its bits.
+    #[error("nobody harvests the dirty log of slot {slot:#x}, which would go or move")]
     NobodyHarvests {
         /// The slot, as KVM numbers it.
         slot: u32,
@@ -186,6 +187,30 @@ pub(super) fn mapping_in(space: &Space) -> impl Fn(&Memslot) -> u64 {
     |slot| space.shared(slot.id).map_or(slot.hva, |slice| slice.backing.hva())
 }
 
+/// That all memory of `draft` lies in the mapping that it names. What comes behind that in this process is not the guest's.
+pub(super) fn check_mapped(draft: &Draft, mappings: &[Arc<dyn SharedBacking>]) -> Result<(), EditError> {
+    for Region { gfns, hva, mapping, .. } in draft.regions() {
+        let named = mappings.iter().skip(mappings.partition_point(|backing| backing.hva() < mapping));
+        let mut named = named.take_while(|backing| backing.hva() == mapping).peekable();
+        let first = named.peek().copied();
+        if !named.any(|backing| slice_in(backing, hva, gfns).is_some()) {
+            return Err(too_short(gfns, hva, first));
+        }
+    }
+    Ok(())
+}
+
+/// The memory of `gfns` that lies at `hva`, if all of it is in `backing`.
+fn slice_in(backing: &Arc<dyn SharedBacking>, hva: u64, gfns: GfnRange) -> Option<SharedSlice> {
+    let slice = SharedSlice { backing: Arc::clone(backing), offset: hva.checked_sub(backing.hva())? };
+    slice.holds(gfns.bytes()).then_some(slice)
+}
+
+fn too_short(gfns: GfnRange, hva: u64, backing: Option<&Arc<dyn SharedBacking>>) -> EditError {
+    let (start, available) = backing.map_or((hva, 0), |backing| (backing.hva(), backing.size()));
+    EditError::SharedTooShort { gfns, size: gfns.bytes(), offset: hva.saturating_sub(start), available }
+}
+
 fn frames(gpa: u64, size: u64) -> Result<GfnRange, EditError> {
     GfnRange::from_bytes(gpa, size).map_err(|error| EditError::Range { gpa, size, error })
 }
@@ -247,7 +272,7 @@ impl<'a> Edit<'a> {
         self.apply(Operation::Delete(frames(gpa, size)?))
     }
 
-    /// Takes a slot away that was there before the edit.
+    /// Takes away what is at the frames of a slot that was there before the edit.
     ///
     /// # Errors
     /// As all operations; also if there was no such slot.
@@ -305,7 +330,8 @@ impl<'a> Edit<'a> {
         self.apply(Operation::Truncate { of, pages })
     }
 
-    /// Lengthens the memory that covers `gpa` to `size` bytes: with what follows in its mapping, and in its file.
+    /// Lengthens the memory that covers `gpa` to `size` bytes: with what follows in its mapping, and in its file. Whether these
+    /// are long enough is seen when the edit is committed.
     ///
     /// # Errors
     /// As all operations.
@@ -323,7 +349,8 @@ impl<'a> Edit<'a> {
         self.apply(Operation::ReplaceAll(regions))
     }
 
-    /// Applies operations in order, all of them or none: for many at once, on memory that the edit knows.
+    /// Applies operations in order, all of them or none: for many at once, on memory that the edit knows. Whether it does is
+    /// seen when it is committed: a region names the mapping that its shared memory lies in.
     ///
     /// # Errors
     /// As all operations.
@@ -348,6 +375,15 @@ impl<'a> Edit<'a> {
         Ok(layout)
     }
 
+    /// Has `layout` forget the files of this edit that no slot came to need, and that the VM does not have.
+    pub(super) fn let_go_unused(&self, layout: &mut Layout, space: &Space) {
+        for id in self.files.iter().map(|file| file.id()).filter(|id| space.file(*id).is_none()) {
+            if layout.bindings(id).is_some_and(Bindings::is_empty) {
+                layout.close_file(id);
+            }
+        }
+    }
+
     /// The mappings that the VM has and those that this edit brings, ascending.
     pub(super) fn mappings(&self, space: &Space) -> Vec<Arc<dyn SharedBacking>> {
         let mut all: Vec<_> = self.backings.iter().chain(space.shared_backings()).cloned().collect();
@@ -356,13 +392,10 @@ impl<'a> Edit<'a> {
     }
 
     /// The memory of a slot to be: a slice of one of `mappings`.
-    pub(super) fn slice(slot: &Memslot, mappings: &[Arc<dyn SharedBacking>]) -> Result<Option<SharedSlice>, EditError> {
-        let above = mappings.partition_point(|backing| backing.hva() <= slot.hva);
-        let Some(backing) = above.checked_sub(1).and_then(|at| mappings.get(at)) else { return Ok(None) };
-        let offset = slot.hva.saturating_sub(backing.hva());
-        let slice = SharedSlice { backing: Arc::clone(backing), offset };
-        whole(&slice, slot.gfns)?;
-        Ok(Some(slice))
+    pub(super) fn slice(slot: &Memslot, mappings: &[Arc<dyn SharedBacking>]) -> Result<SharedSlice, EditError> {
+        let below = mappings.get(..mappings.partition_point(|backing| backing.hva() <= slot.hva)).unwrap_or_default();
+        let found = below.iter().rev().find_map(|backing| slice_in(backing, slot.hva, slot.gfns));
+        found.ok_or_else(|| too_short(slot.gfns, slot.hva, below.last()))
     }
 
     /// A file that the VM has, or that this edit brings.

@@ -306,6 +306,8 @@ impl CvmMemory {
         for (slot, file) in slots.iter().zip(&files) {
             self.set_region(slot, slot.gfns.bytes(), file.as_deref())?;
             undo.created.push(*slot);
+            // Its guest may use it from here on, even if it goes again.
+            frames.bound(slot);
         }
         let published = next.clone();
         self.converter.publish_space(next);
@@ -321,7 +323,6 @@ impl CvmMemory {
             }
         }
         undo.armed = false;
-        slots.iter().for_each(|slot| frames.bound(slot));
         self.tell_edited();
         Ok(slots.iter().map(|slot| slot.id).collect())
     }

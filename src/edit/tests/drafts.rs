@@ -214,3 +214,59 @@ fn what_makes_no_sense_says_why() {
     let refused = draft.name("shrink").apply(Operation::Split(gfn(4))).unwrap_err();
     assert_eq!(refused.to_string(), "operation 0, split (shrink): gfns [0x4, 0x5) are not memory");
 }
+
+/// Each page of memory has an address and a file page, and so has its end: else parts of it would come to nothing.
+#[test]
+fn memory_beyond_the_highest_address_is_refused() {
+    let top = 1 << 52;
+    let file_page = |page| FilePage::new(page).unwrap();
+    let bound = |start| Some(FileBinding { file: FileId::next(), start: file_page(start) });
+    let plain = region(4, 8, 0, SlotFlags::empty());
+    let wraps = [
+        Region { hva: (top - 3) << 12, ..plain },
+        Region { hva: u64::MAX, ..plain },
+        Region { binding: bound(FilePage::MAX.get() - 3), ..plain },
+    ];
+    let fits = [Region { hva: (top - 5) << 12, ..plain }, Region { binding: bound(FilePage::MAX.get() - 4), ..plain }];
+    let layout = layout_of(Limits::default(), &[]);
+    let punch = Operation::PunchHole(gfns(4, 7));
+    for region in wraps {
+        let refused = Reason::Wraps { at: gfn(4), pages: 4 };
+        for create in [Operation::Create(region), Operation::ReplaceAll(vec![region])] {
+            let mut draft = draft_of(&layout);
+            assert_eq!(draft.apply(create.clone()).unwrap_err().reason, refused);
+            assert_eq!(draft.apply_all(vec![create]).unwrap_err().reason, refused);
+            assert_eq!(draft, draft_of(&layout));
+        }
+    }
+    for region in fits {
+        let mut draft = draft_of(&layout);
+        draft.apply_all(vec![Operation::Create(region), punch.clone()]).unwrap();
+        assert_eq!(draft.regions().map(|region| region.gfns).collect::<Vec<_>>(), [gfns(7, 8)]);
+        let refused = draft.apply(Operation::Grow { of: gfn(7), pages: 3 }).unwrap_err().reason;
+        assert_eq!(refused, Reason::Wraps { at: gfn(8), pages: 2 });
+    }
+}
+
+/// What cannot be swept is applied one by one, and comes to the same.
+#[test]
+fn numbers_that_no_key_has_room_for_are_no_error() {
+    let far = 1 << 40;
+    let create = |start: u64| Operation::Create(region(start, start + 1, start % far + 9, SlotFlags::empty()));
+    let keys = |op: &Operation, at: usize| sweep::key(op, at).is_some();
+    assert!(keys(&create(far - 1), (1 << 23) - 1));
+    assert!(!keys(&create(far), 0) && !keys(&create(far + 1), 0));
+    assert!(!keys(&Operation::Delete(gfns(1, 2)), 1 << 23));
+    let limits = Limits { top: Gfn::MAX, ..Limits::default() };
+    let layout = layout_of(limits, &[]);
+    let ops = vec![create(far + 2), create(far), Operation::Delete(gfns(far, far + 1)), create(far + 1)];
+    let mut draft = draft_of(&layout);
+    draft.apply_all(ops.clone()).unwrap();
+    let mut one_by_one = draft_of(&layout);
+    for op in ops {
+        one_by_one.apply(op).unwrap();
+    }
+    assert_eq!(draft.pieces, one_by_one.pieces);
+    let plan = plan(&layout, &draft, Prefer::NoInterruption).unwrap();
+    assert_eq!(plan.layout.table().slots().map(|slot| slot.gfns).collect::<Vec<_>>(), [gfns(far + 1, far + 3)]);
+}

@@ -4,6 +4,7 @@ mod commits;
 mod drafts;
 mod model;
 mod moves;
+mod operations;
 mod past;
 mod plans;
 mod scenarios;

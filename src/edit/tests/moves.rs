@@ -49,7 +49,7 @@ fn best(old: &[Slot], wanted: &[Page], prefer: Prefer) -> (u64, u64) {
 }
 
 /// Whether the slots at `moving` can go to their targets in some order.
-fn can_move(now: &mut Vec<Slot>, targets: &[Slot], moving: &[usize]) -> bool {
+pub fn can_move(now: &mut Vec<Slot>, targets: &[Slot], moving: &[usize]) -> bool {
     moving.is_empty()
         || moving.iter().enumerate().any(|(at, &slot)| {
             let free = now.iter().enumerate().all(|(other, place)| other == slot || !place.overlaps(&targets[slot]));
@@ -130,4 +130,32 @@ fn two_slots_change_places() {
     draft.apply(Operation::Move { from: gfns(8, 9), to: gfn(4) }).unwrap();
     let plan = plan(&layout, &draft, Prefer::NoInterruption).unwrap();
     assert_eq!(kinds(&plan), ["delete", "move", "create"]);
+}
+
+/// What was asked to be one slot is one, though its parts could be had by moves.
+#[test]
+fn what_is_merged_is_one_slot_though_its_parts_could_move_there() {
+    let slot = |start, host| Slot { start, pages: 2, host, flags: SlotFlags::empty() };
+    let layout = layout_of(Limits::default(), &[slot(10, 0), slot(14, 2)]);
+    let mut draft = draft_of(&layout);
+    let delete = |start| Operation::Delete(gfns(start, start + 2));
+    draft.apply_all(vec![delete(10), delete(14), Operation::Create(region(0, 4, 0, SlotFlags::empty()))]).unwrap();
+    let kinds_of = |draft: &Draft| kinds(&plan(&layout, draft, Prefer::NoInterruption).unwrap());
+    assert_eq!(kinds_of(&draft), ["move", "move"]);
+    draft.apply(Operation::Merge(gfns(1, 3))).unwrap();
+    assert_eq!(kinds_of(&draft), ["delete", "delete", "create"]);
+}
+
+/// Many slots that change places in pairs: each pair needs one deletion, and it takes no time.
+#[test]
+fn many_pairs_change_places() {
+    const PAIRS: u64 = 2_000;
+    let slot = |at| Slot { start: at, pages: 1, host: 2 * at, flags: SlotFlags::empty() };
+    let slots: Vec<_> = (0..2 * PAIRS).map(slot).collect();
+    let layout = layout_of(Limits::default(), &slots);
+    let mut draft = draft_of(&layout);
+    let swapped = (0..2 * PAIRS).map(|at| region(at, at + 1, 2 * (at ^ 1), SlotFlags::empty())).collect();
+    draft.apply(Operation::ReplaceAll(swapped)).unwrap();
+    let plan = plan(&layout, &draft, Prefer::NoInterruption).unwrap();
+    assert_eq!(plan.steps.len() as u64, 3 * PAIRS);
 }

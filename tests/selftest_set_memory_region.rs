@@ -197,19 +197,21 @@ impl<M: Machine> Library<M> {
         let flags = if vm.platform().private_memory { GmemFlags::empty() } else { GmemFlags::all() };
         let vm = Recorder::new(vm);
         let file = Arc::new(vm.create_guest_memfd(4 * SIZE, flags.bits()).unwrap());
-        let shared: Arc<dyn SharedBacking> = Arc::new(SharedMemory::new(2 * SIZE).unwrap());
+        let shared: Arc<dyn SharedBacking> = Arc::new(SharedMemory::new(4 * SIZE).unwrap());
         let memory = CvmMemory::builder().address_limit(8 << 30).build(Arc::new(vm.clone())).unwrap();
         let library = Self { vm, memory, file, shared };
         library.memory.add_slots(vec![library.spec(SLOT, GPA, Some(SIZE))]).unwrap();
         library
     }
 
+    /// The slot that is there and any other have shared memory of their own.
     fn spec(&self, id: u32, gpa: u64, offset: Option<u64>) -> SlotSpec {
+        let part = if id == SLOT { 0 } else { 2 * SIZE };
         SlotSpec {
             id: Some(SlotId::from_raw(id)),
             gpa,
             size: 2 * SIZE,
-            shared: SharedSlice { backing: Arc::clone(&self.shared), offset: 0 },
+            shared: SharedSlice { backing: Arc::clone(&self.shared), offset: part },
             private: offset.map(|offset| (Arc::clone(&self.file), FilePage::containing(offset))),
             flags: SlotFlags::empty(),
         }
@@ -289,7 +291,7 @@ fn the_library_says_why<M: Machine>() {
             assert!(matches!(error, SlotError::Range { error: AddrError::Unaligned { .. }, .. }), "{error:?}");
         }
         let error = library.refused(SlotSpec { size: 3 * SIZE, ..spec(GPA / 2, None) });
-        assert!(matches!(error, SlotError::SharedTooShort { available, .. } if available == 2 * SIZE), "{error:?}");
+        assert!(matches!(error, SlotError::SharedTooShort { available, .. } if available == 4 * SIZE), "{error:?}");
         assert!(matches!(library.memory.remove_slot(other), Err(SlotError::Layout(LayoutError::UnknownSlot { .. }))));
 
         // After all that, the slot that fits is one call, and its removal another.

@@ -7,6 +7,7 @@ mod soft;
 use std::sync::Arc;
 
 use cvm_memory::addr::{FilePage, Gfn, GfnRange};
+use cvm_memory::backing::{SharedMemory, SharedSlice};
 use cvm_memory::convert::{Request, State};
 use cvm_memory::edit::{Hazard, Prefer};
 use cvm_memory::exits::{Action, ExitOptions, Handled, VcpuExits};
@@ -102,7 +103,8 @@ fn a_page_is_bound_elsewhere_only_once_it_is_freed() {
     // Another part of the file is nobody's yet.
     let file = guests.snp.vm();
     let file = Arc::new(cvm_memory::hypervisor::Hypervisor::create_guest_memfd(file, 4 * MIB, 0).unwrap());
-    let fresh = SlotSpec { id: None, private: Some((file, FilePage::ZERO)), ..away };
+    let shared = SharedSlice { backing: Arc::new(SharedMemory::new(away.size).unwrap()), offset: 0 };
+    let fresh = SlotSpec { id: None, private: Some((file, FilePage::ZERO)), shared, ..away };
     guests.memory.add_slots(vec![fresh]).unwrap();
 }
 

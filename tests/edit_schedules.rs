@@ -16,7 +16,8 @@ use cvm_memory::memory::{CvmMemory, Edit, EditError};
 use cvm_memory::soft::SoftVm;
 use cvm_memory_testkit::{Guest, GuestOp, Outcome, SoftGuest};
 use edit_kit::*;
-use shuttle::thread;
+use shuttle::scheduler::{PctScheduler, RandomScheduler};
+use shuttle::{Config, Runner as Explorer, thread};
 
 const PAGES: u64 = 8;
 
@@ -25,8 +26,11 @@ fn schedules(test: impl Fn() + Send + Sync + 'static) {
     // Half of them at random, half with few preemptions at places that are: each finds what the other does not.
     let test = Arc::new(test);
     let again = Arc::clone(&test);
-    shuttle::check_random(move || test(), count / 2);
-    shuttle::check_pct(move || again(), count / 2, 3);
+    let mut config = Config::new();
+    // Planning and committing an edit take more than shuttle's threads have by default.
+    config.stack_size = 1 << 20;
+    Explorer::new(RandomScheduler::new(count / 2), config.clone()).run(move || test());
+    Explorer::new(PctScheduler::new(3, count / 2), config).run(move || again());
 }
 
 fn runner(vm: &SoftVm, memory: &Arc<CvmMemory>) -> Runner<SoftGuest> {

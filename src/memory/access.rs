@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use vm_memory::VolatileSlice;
+
 use crate::addr::{AddrError, GfnRange, Gpa, PAGE_SIZE};
 use crate::backing::SharedSlice;
 use crate::convert::{Pin, PinError};
@@ -49,19 +51,13 @@ impl CvmMemory {
     /// # Errors
     /// [`AccessError`]; `bytes` is untouched then.
     pub fn read(&self, gpa: Gpa, bytes: &mut [u8]) -> Result<(), AccessError> {
-        if bytes.is_empty() {
-            return Ok(());
-        }
-        let (_pin, parts) = self.access(gpa, bytes.len() as u64)?;
         let mut rest = bytes;
-        for Part { memory, bytes } in &parts {
-            let Some(slice) = memory.backing.slice(memory.offset, *bytes) else { continue };
+        self.each_part(gpa, rest.len() as u64, |_, slice| {
             if let Some((now, later)) = std::mem::take(&mut rest).split_at_mut_checked(slice.len()) {
                 slice.copy_to(now);
                 rest = later;
             }
-        }
-        Ok(())
+        })
     }
 
     /// Writes shared memory, as a device may: never a private page. Who [keeps](Self::set_harvest) dirty bits is told.
@@ -69,17 +65,30 @@ impl CvmMemory {
     /// # Errors
     /// [`AccessError`]; nothing is written then.
     pub fn write(&self, gpa: Gpa, bytes: &[u8]) -> Result<(), AccessError> {
-        if bytes.is_empty() {
-            return Ok(());
-        }
-        let (_pin, parts) = self.access(gpa, bytes.len() as u64)?;
         let mut rest = bytes;
-        for Part { memory, bytes } in &parts {
-            let Some(slice) = memory.backing.slice(memory.offset, *bytes) else { continue };
+        self.each_part(gpa, rest.len() as u64, |part, slice| {
             if let Some((now, later)) = rest.split_at_checked(slice.len()) {
                 slice.copy_from(now);
                 rest = later;
-                self.wrote(memory, *bytes);
+                self.wrote(&part.memory, part.bytes);
+            }
+        })
+    }
+
+    /// Visits the bytes of a range, ascending, while they are pinned.
+    fn each_part(
+        &self,
+        gpa: Gpa,
+        len: u64,
+        mut visit: impl FnMut(&Part, VolatileSlice<'_>),
+    ) -> Result<(), AccessError> {
+        if len == 0 {
+            return Ok(());
+        }
+        let (_pin, parts) = self.access(gpa, len)?;
+        for part in &parts {
+            if let Some(slice) = part.memory.backing.slice(part.memory.offset, part.bytes) {
+                visit(part, slice);
             }
         }
         Ok(())

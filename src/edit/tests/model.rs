@@ -146,25 +146,34 @@ pub fn geometries() -> Vec<Vec<(u64, u64)>> {
     all
 }
 
-/// The best cost of any tiling of `wanted` into slots that end at `cuts`: (slots, calls) or (pages interrupted, calls, slots),
-/// without moves.
-pub fn best(old: &[Slot], wanted: &[Page], cuts: &[bool], prefer: Prefer) -> (u64, u64) {
+/// Every way to cut `wanted` into slots that continue in memory and flags: each begins wherever `cuts` says so, and none begins
+/// or ends within what is `whole`.
+pub fn tilings(wanted: &[Page], cuts: &[bool], whole: &[bool]) -> impl Iterator<Item = Vec<Slot>> {
     let continues = |at: usize| match (wanted[at - 1], wanted[at]) {
         (Some(low), Some(high)) => low.page + 1 == high.page && low.flags == high.flags && !cuts[at],
         _ => false,
     };
-    let free: Vec<usize> = (1..wanted.len()).filter(|at| continues(*at)).collect();
-    let tilings = (0..1_u32 << free.len()).map(|choice| {
-        let ends = |at: usize| !continues(at) || choice >> free.iter().position(|f| *f == at).unwrap() & 1 == 1;
+    let free: Vec<usize> = (1..wanted.len()).filter(|at| continues(*at) && !whole[*at]).collect();
+    (0..1_u32 << free.len()).map(move |choice| {
+        let chosen = |at| free.iter().position(|free| *free == at).is_some_and(|bit| choice >> bit & 1 == 1);
         let mut slots: Vec<Slot> = Vec::new();
         for (at, host) in wanted.iter().enumerate().filter_map(|(at, page)| page.map(|host| (at, host))) {
-            if at != 0 && !ends(at) {
+            if at != 0 && continues(at) && !chosen(at) {
                 slots.last_mut().unwrap().pages += 1;
             } else {
                 let flags = SlotFlags::from_bits(host.flags).unwrap();
                 slots.push(Slot { start: at as u64, pages: 1, host: host.page, flags });
             }
         }
+        slots
+    })
+}
+
+/// The best cost of any tiling of `wanted` into slots that end at `cuts`: (slots, calls) or (pages interrupted, calls, slots),
+/// without moves.
+pub fn best(old: &[Slot], wanted: &[Page], cuts: &[bool], prefer: Prefer) -> (u64, u64) {
+    let whole = vec![false; wanted.len()];
+    let costs = tilings(wanted, cuts, &whole).map(|slots| {
         let same = |a: &Slot, b: &Slot| {
             let fixed = |slot: &Slot| slot.flags.contains(SlotFlags::READONLY);
             (a.start, a.pages, a.host, fixed(a)) == (b.start, b.pages, b.host, fixed(b))
@@ -181,7 +190,7 @@ pub fn best(old: &[Slot], wanted: &[Page], cuts: &[bool], prefer: Prefer) -> (u6
             Prefer::NoInterruption => (interrupted as u64, calls),
         }
     });
-    tilings.min().unwrap()
+    costs.min().unwrap()
 }
 
 /// The same figures of a plan.

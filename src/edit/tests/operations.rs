@@ -2,7 +2,7 @@
 //! of slots to keep, move and delete, is tried. Here pieces have a past, and slots may have to begin at some frames.
 
 use super::drafts::{any_operation, any_range};
-use super::model::{cost, run};
+use super::model::{cost, run, tilings};
 use super::moves::can_move;
 use super::*;
 use crate::edit::pieces::Pieces;
@@ -70,24 +70,8 @@ fn best(
     limit: u64,
     prefer: Prefer,
 ) -> (u64, u64) {
-    let continues = |at: usize| match (wanted[at - 1], wanted[at]) {
-        (Some(low), Some(high)) => low.page + 1 == high.page && low.flags == high.flags && !cuts[at],
-        _ => false,
-    };
-    let free: Vec<usize> = (1..wanted.len()).filter(|at| continues(*at) && !whole[*at]).collect();
     let mut found: Option<(u64, u64)> = None;
-    for choice in 0..1_u32 << free.len() {
-        let ends =
-            |at: usize| !continues(at) || free.iter().position(|f| *f == at).is_some_and(|bit| choice >> bit & 1 == 1);
-        let mut new: Vec<Slot> = Vec::new();
-        for (at, host) in wanted.iter().enumerate().filter_map(|(at, page)| page.map(|host| (at, host))) {
-            if at != 0 && !ends(at) {
-                new.last_mut().unwrap().pages += 1;
-            } else {
-                let flags = SlotFlags::from_bits(host.flags).unwrap();
-                new.push(Slot { start: at as u64, pages: 1, host: host.page, flags });
-            }
-        }
+    for new in tilings(wanted, cuts, whole) {
         if new.iter().any(|slot| slot.pages > limit) {
             continue;
         }

@@ -1,115 +1,25 @@
 //! The tracker where one has to know exactly what lies where: ids that are used again, writes in nobody's name, slots that KVM
 //! does not log, calls that fail.
 
+mod dirty_kit;
 mod soft_kit;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use cvm_memory::addr::{FilePage, FileRange, GfnRange};
+use cvm_memory::addr::{FilePage, GfnRange};
 use cvm_memory::backing::{SharedBacking, SharedMemory};
 use cvm_memory::dirty::{
-    ClearError, Clearing, DirtyBitmap, Mechanism, Pace, Reaper, Stage, StartError, Stray, SyncError, SyncReport,
-    Tracker, Unloggable,
+    ClearError, Pace, Reaper, Stage, StartError, Stray, SyncError, SyncReport, Tracker, Unloggable,
 };
 use cvm_memory::gmem::FileId;
-use cvm_memory::hypervisor::{Cap, Exit, MemoryRegion, PreFaultMemory, Vcpu};
+use cvm_memory::hypervisor::{Cap, Exit, PreFaultMemory, Vcpu};
 use cvm_memory::layout::{FileBinding, Layout, Limits, Memslot, SlotFlags, SlotId};
 use cvm_memory::soft::{SoftVcpu, SoftVm};
 use cvm_memory_testkit::{Call, Recorder};
+use dirty_kit::*;
 use nix::errno::Errno;
 use soft_kit::*;
-
-const RING: Mechanism = Mechanism::Ring { cap: Cap::DIRTY_LOG_RING, bytes: 4096, backed: false };
-const BACKED: Mechanism = Mechanism::Ring { cap: Cap::DIRTY_LOG_RING, bytes: 4096, backed: true };
-const BY_LOOKING: Mechanism = Mechanism::Bitmap(Clearing::ByLooking);
-const BY_HAND: Mechanism = Mechanism::Bitmap(Clearing::ByHand);
-const FROM_ALL: Mechanism = Mechanism::Bitmap(Clearing::ByHandFromAll);
-const PAGES: u64 = 512;
-
-/// A software KVM with one stretch of memory, a vCPU, and a tracker.
-struct Setup {
-    soft: SoftVm,
-    vm: Recorder<SoftVm>,
-    ram: &'static SharedMemory,
-    bitmap: Arc<DirtyBitmap>,
-    tracker: Tracker,
-    vcpu: SoftVcpu,
-    layout: Layout,
-}
-
-/// Pages of the memory `[from, from + pages)` at frame `gfn`.
-fn slot(ram: &SharedMemory, id: u16, at: u64, from: u64, pages: u64) -> Memslot {
-    Memslot {
-        id: SlotId::new(id),
-        gfns: gfns(at, at + pages),
-        hva: ram.hva() + from * PAGE,
-        flags: SlotFlags::LOG_DIRTY,
-        binding: None,
-    }
-}
-
-fn region(slot: &Memslot) -> MemoryRegion {
-    let shared = shared_slot(slot.id.raw(), slot.gfns.start_byte(), slot.gfns.bytes(), slot.hva);
-    MemoryRegion { flags: slot.flags.bits(), ..shared }
-}
-
-fn layout(slots: &[Memslot]) -> Layout {
-    Layout::from_slots(Limits::default(), [], slots.iter().copied()).unwrap()
-}
-
-fn pages(start: u64, end: u64) -> FileRange {
-    file_pages(start, end)
-}
-
-impl Setup {
-    fn new(mechanism: Mechanism, slots: impl Fn(&SharedMemory) -> Vec<Memslot>) -> Self {
-        let soft = backed_vm();
-        let vm = Recorder::new(soft.clone());
-        let offer = cvm_memory::dirty::Offer::probe(&vm);
-        mechanism.enable(&vm, &offer).unwrap();
-        let ram: &'static SharedMemory = Box::leak(Box::new(SharedMemory::new(PAGES * PAGE).unwrap()));
-        let tracker = Tracker::new(Arc::new(vm.clone()), mechanism);
-        let bitmap = tracker.add_backing(ram).unwrap();
-        let slots = slots(ram);
-        slots.iter().for_each(|slot| set_region(&soft, &region(slot)).unwrap());
-        let vcpu = soft.create_vcpu();
-        if let Mechanism::Ring { bytes, .. } = mechanism {
-            tracker.add_ring(vcpu.dirty_ring(bytes).unwrap());
-        }
-        let layout = layout(&slots);
-        tracker.start(&layout, Unloggable::Refuse).unwrap();
-        vm.take();
-        Self { soft, vm, ram, bitmap, tracker, vcpu, layout }
-    }
-
-    fn write(&mut self, gfn: u64) {
-        finish(&mut self.vcpu, fill(gfn * PAGE, 1, 1, false));
-    }
-
-    /// Deletes all slots and creates others, as an edit does.
-    fn edit(&mut self, slots: &[Memslot]) {
-        for old in self.layout.table().slots() {
-            self.tracker.before_delete(old).unwrap();
-            set_region(&self.soft, &delete(old.id.raw())).unwrap();
-        }
-        slots.iter().for_each(|slot| set_region(&self.soft, &region(slot)).unwrap());
-        self.layout = layout(slots);
-        self.tracker.edited(&self.layout);
-    }
-
-    fn sync(&self) -> SyncReport {
-        self.tracker.sync(Stage::Running).unwrap()
-    }
-
-    fn dirty(&self) -> Vec<FileRange> {
-        self.bitmap.take().collect()
-    }
-}
-
-fn one_slot(ram: &SharedMemory) -> Vec<Memslot> {
-    vec![slot(ram, 3, 0x100, 0, 64)]
-}
 
 /// An entry for page 10 of slot 3 is read when slot 3 is something else already: it stays with the memory that was written.
 #[test]

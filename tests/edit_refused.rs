@@ -13,10 +13,10 @@ use cvm_memory::convert::{Listener, ListenerError, LockError, SharedRun, State};
 use cvm_memory::edit::{Hazard, Operation, PlanError, Region};
 use cvm_memory::gate::{Gate, GateError, Kick};
 use cvm_memory::gmem::GuestMemfd;
-use cvm_memory::hypervisor::{Hazards, Hypervisor, Platform};
+use cvm_memory::hypervisor::{Hazards, Hypervisor};
 use cvm_memory::layout::{LayoutError, SlotFlags, SlotId};
 use cvm_memory::memory::{CommitOptions, CvmMemory, EditError, SlotError, SlotSpec};
-use cvm_memory::soft::{Arch, SoftVm, Tagged};
+use cvm_memory::soft::SoftVm;
 use cvm_memory_testkit::{Call, Recorder};
 use edit_kit::*;
 use nix::errno::Errno;
@@ -65,23 +65,6 @@ fn what_makes_no_sense_is_refused_before_the_first_call() {
     edit.grow(0, 129 * PAGE).unwrap();
     assert!(matches!(edit.commit(&FEW).unwrap_err(), EditError::SharedTooShort { .. }));
     assert_eq!(vm.take(), []);
-}
-
-/// A platform with hazards.
-#[derive(Debug)]
-struct Hazardous(Hazards);
-
-impl Arch for Hazardous {
-    fn platform(&self) -> Platform {
-        Platform { hazards: self.0, name: "hazardous", ..Tagged::PLATFORM }
-    }
-    fn has_protected_state(&self) -> bool {
-        true
-    }
-}
-
-fn hazardous(hazards: Hazards) -> (Vm, Arc<CvmMemory>) {
-    private_vm(SoftVm::with_arch(Arc::new(Hazardous(hazards))), 64)
 }
 
 #[test]

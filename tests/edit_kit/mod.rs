@@ -13,11 +13,11 @@ use cvm_memory::convert::{Listener, ListenerError, Request, SharedRun, State as 
 use cvm_memory::edit::{Harvest, Prefer, Step};
 use cvm_memory::exits::{Action, Handled, VcpuExits};
 use cvm_memory::gate::{Gate, Kick, VcpuPass};
-use cvm_memory::hypervisor::Exit;
 use cvm_memory::hypervisor::kvm::KvmVm;
+use cvm_memory::hypervisor::{Exit, Hazards, Platform};
 use cvm_memory::layout::{Memslot, SlotFlags};
 use cvm_memory::memory::{CommitOptions, Committed, CvmMemory, SlotSpec};
-use cvm_memory::soft::{SlotInfo, SoftVm};
+use cvm_memory::soft::{Arch, SlotInfo, SoftVm, Tagged};
 use cvm_memory_testkit::{Call, Guest, GuestOp, Mapped, Outcome, Recorder};
 #[allow(unused_imports, reason = "each test file uses its own part")]
 pub use cvm_memory_testkit::{gfn, gfns};
@@ -266,4 +266,21 @@ impl Harvest for Bits {
         let (first, end) = (memory.offset / PAGE, (memory.offset + bytes).div_ceil(PAGE));
         self.state().told.extend(first..end);
     }
+}
+
+/// A platform with hazards.
+#[derive(Debug)]
+pub struct Hazardous(pub Hazards);
+
+impl Arch for Hazardous {
+    fn platform(&self) -> Platform {
+        Platform { hazards: self.0, name: "hazardous", ..Tagged::PLATFORM }
+    }
+    fn has_protected_state(&self) -> bool {
+        true
+    }
+}
+
+pub fn hazardous(hazards: Hazards) -> (Vm, Arc<CvmMemory>) {
+    private_vm(SoftVm::with_arch(Arc::new(Hazardous(hazards))), 64)
 }

@@ -13,7 +13,7 @@ use cvm_memory::hypervisor::Hypervisor;
 use cvm_memory::layout::{Memslot, SlotFlags, SlotId};
 use cvm_memory::memory::{CvmMemory, EditError, SlotSpec};
 use cvm_memory::soft::SoftVm;
-use cvm_memory_testkit::Call;
+use cvm_memory_testkit::{Call, Recorder};
 use edit_kit::*;
 use nix::errno::Errno;
 
@@ -192,6 +192,37 @@ fn listeners_hear_of_what_changes_and_of_nothing_else() {
     edit.set_flags(0x108 * PAGE, 8 * PAGE, SlotFlags::READONLY).unwrap();
     edit.commit(&FEW).unwrap();
     assert_eq!(device.told(), []);
+}
+
+/// Memory that can be private comes where memory was that cannot: devices let go of the old one, whatever state the new one
+/// starts in; and have it again if nothing comes of it.
+#[test]
+fn devices_let_go_of_memory_where_private_memory_comes() {
+    for vm in [SoftVm::software_protected(), SoftVm::tagged()] {
+        let vm = Recorder::new(vm);
+        let old = plain(0, 64 * PAGE, &slice(64 * PAGE).backing, 0, SlotFlags::empty());
+        let memory = CvmMemory::builder().slot(old).address_limit(1 << 30).build(Arc::new(vm.clone())).unwrap();
+        let device = Device::on(&memory);
+        let replace = || {
+            let private = Some((Arc::new(vm.create_guest_memfd(64 * PAGE, 0).unwrap()), FilePage::ZERO));
+            let (size, shared, flags) = (64 * PAGE, slice(64 * PAGE), SlotFlags::empty());
+            let mut edit = memory.edit();
+            edit.delete(0, 64 * PAGE).unwrap();
+            edit.create(SlotSpec { id: None, gpa: 0, size, shared, private, flags }).unwrap();
+            edit.commit(&BESIDE)
+        };
+        let before = device.mapped.frames();
+        assert_eq!(before.len(), 64);
+        vm.fail_matching(|call| matches!(call, Call::SetUserMemoryRegion2(r) if r.memory_size != 0), Errno::ENOMEM);
+        assert!(matches!(replace(), Err(EditError::Kvm { errno: Errno::ENOMEM, .. })));
+        assert_eq!(device.mapped.frames(), before);
+        assert_eq!((memory.state(gfn(0)), vm.inner().private_gfns()), (Some(State::Shared), vec![]));
+        device.told();
+        replace().unwrap();
+        assert_eq!(device.told(), [(false, 0, 64)]);
+        assert!(device.mapped.frames().is_empty(), "the memory behind them has gone");
+        assert_eq!(memory.state(gfn(0)), Some(State::Private));
+    }
 }
 
 /// S08: two calls with one id; if the second fails, the slot is what it was.

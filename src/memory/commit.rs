@@ -3,8 +3,9 @@
 //! In this order, each with its undo, the last first:
 //!
 //! 1. what deferred discards have left in memory that goes is freed; it was nobody's, so this is not undone;
-//! 2. memory that is new gets its first state; attributes are set where they must be before anybody sees a slot;
-//! 3. listeners unmap what goes and map what comes: only what really changes, and while the guest runs;
+//! 2. listeners unmap what goes; memory that is new gets its first state, and attributes are set where they must be before
+//!    anybody sees a slot;
+//! 3. listeners map what comes: only what really changes, and while the guest runs;
 //! 4. if slots are replaced, the gate closes; dirty logs that would go are harvested;
 //! 5. where the platform wants it and the caller allows it, private pages that appear at another frame are freed, which is not
 //!    undone; KVM's calls, and the new layout is published;
@@ -280,6 +281,11 @@ impl Work<'_> {
                 converter.seal_locked(gfns).map_err(|error| EditError::Step { gfns, error })?;
             }
         }
+        // Before anything is declared of the same frames: who has mapped them has mapped what is shared now.
+        done.unmapped = true;
+        for &gfns in &self.changes.gone {
+            converter.announce_locked(gfns, self.current, false).map_err(|error| EditError::Step { gfns, error })?;
+        }
         for slot in self.plan.created() {
             let gfns = slot.gfns;
             converter.unseal_locked(gfns).map_err(|error| EditError::Step { gfns, error })?;
@@ -299,10 +305,6 @@ impl Work<'_> {
             {
                 return Err(EditError::Step { gfns, error });
             }
-        }
-        done.unmapped = true;
-        for &gfns in &self.changes.gone {
-            converter.announce_locked(gfns, self.current, false).map_err(|error| EditError::Step { gfns, error })?;
         }
         for &gfns in &self.changes.come {
             converter.announce_locked(gfns, self.next, true).map_err(|error| EditError::Step { gfns, error })?;
@@ -434,6 +436,14 @@ impl Work<'_> {
         for gfns in subtract_lists(&done.mapped, &within(self.next, &done.mapped)).into_iter().rev() {
             complain("unmap", converter.announce_locked(gfns, self.next, false));
         }
+        let mut fresh = done.fresh.clone();
+        fresh.sort_unstable();
+        for gfns in subtract_lists(&fresh, &within(self.next, &fresh)).into_iter().rev() {
+            complain("forget", converter.forget_locked(gfns));
+            if let Err(error) = self.memory.known.remove(gfns) {
+                tracing::error!(%error, "undoing an edit: memory that was not wanted stays known");
+            }
+        }
         if done.unmapped {
             let mut deleted: Vec<GfnRange> = self.plan.deleted().map(|slot| slot.gfns).collect();
             deleted.sort_unstable();
@@ -443,14 +453,6 @@ impl Work<'_> {
             }
             for gfns in within(self.current, &self.changes.gone) {
                 complain("map", converter.announce_locked(gfns, &space, true));
-            }
-        }
-        let mut fresh = done.fresh.clone();
-        fresh.sort_unstable();
-        for gfns in subtract_lists(&fresh, &within(self.next, &fresh)).into_iter().rev() {
-            complain("forget", converter.forget_locked(gfns));
-            if let Err(error) = self.memory.known.remove(gfns) {
-                tracing::error!(%error, "undoing an edit: memory that was not wanted stays known");
             }
         }
         if done.sealed {

@@ -74,6 +74,8 @@ pub struct Committed {
 struct Changes {
     gone: Vec<GfnRange>,
     come: Vec<GfnRange>,
+    /// Holes among what comes that are kept from being taken for devices: without a slot, and private to KVM.
+    sealed: Vec<GfnRange>,
     hull: GfnRange,
 }
 
@@ -108,7 +110,7 @@ fn commit(edit: &Edit<'_>, options: &CommitOptions) -> Result<Committed, EditErr
     let naive_calls = before.table().len().saturating_add(plan.layout.table().len());
     let mappings = edit.mappings(&current);
     check_mapped(draft, &mappings)?;
-    let Some(changes) = changes(&plan, &mappings, &current)? else {
+    let Some(changes) = changes(memory, &plan, &mappings, &current)? else {
         return Ok(Committed { steps: Vec::new(), stopped: None, naive_calls });
     };
     let next = space_after(edit, &current, &plan.layout, &mappings)?;
@@ -128,7 +130,12 @@ fn commit(edit: &Edit<'_>, options: &CommitOptions) -> Result<Committed, EditErr
 }
 
 /// What differs, or `None` if nothing does.
-fn changes(plan: &Plan, mappings: &[Arc<dyn SharedBacking>], current: &Space) -> Result<Option<Changes>, EditError> {
+fn changes(
+    memory: &CvmMemory,
+    plan: &Plan,
+    mappings: &[Arc<dyn SharedBacking>],
+    current: &Space,
+) -> Result<Option<Changes>, EditError> {
     let touched = plan.steps.iter().flat_map(|step| [step.before(), step.after()]).flatten();
     let Some(hull) = touched.map(|slot| slot.gfns).reduce(|a, b| a.hull(&b)) else { return Ok(None) };
     let old_mapping = mapping_in(current);
@@ -149,7 +156,14 @@ fn changes(plan: &Plan, mappings: &[Arc<dyn SharedBacking>], current: &Space) ->
     let all = |regions: &[Region]| merge_adjacent(regions.iter().map(|region| region.gfns));
     let same = merge_adjacent(same);
     let (gone, come) = (subtract_lists(&all(&deleted), &same), subtract_lists(&all(&created), &same));
-    Ok(Some(Changes { gone, come, hull }))
+    let mut sealed = Vec::new();
+    if memory.platform().hazards.holes_stick {
+        let holes = subtract_lists(&come, &gone);
+        let told: Vec<_> = holes.iter().flat_map(|&gfns| memory.converter.materialised().member_runs(gfns)).collect();
+        let own: Vec<_> = holes.iter().flat_map(|&gfns| memory.converter.declared().member_runs(gfns)).collect();
+        sealed = subtract_lists(&told, &own);
+    }
+    Ok(Some(Changes { gone, come, sealed, hull }))
 }
 
 fn space_after(
@@ -286,12 +300,8 @@ impl Work<'_> {
         for &gfns in &self.changes.gone {
             converter.announce_locked(gfns, self.current, false).map_err(|error| EditError::Step { gfns, error })?;
         }
-        for slot in self.plan.created() {
+        for slot in self.plan.created().filter(|slot| self.next.is_convertible(slot)) {
             let gfns = slot.gfns;
-            converter.unseal_locked(gfns).map_err(|error| EditError::Step { gfns, error })?;
-            if !self.next.is_convertible(&slot) {
-                continue;
-            }
             let fresh: Vec<GfnRange> = self.memory.known.differing_runs(gfns, true).collect();
             for gfns in fresh {
                 let record = |error| EditError::Record { gfns, error };
@@ -456,11 +466,37 @@ impl Work<'_> {
             }
         }
         if done.sealed {
-            for &gfns in &self.changes.gone {
+            let slots = space.layout().table().space(0).slots();
+            let memory = merge_adjacent(slots.iter().map(|slot| slot.gfns));
+            for gfns in intersect_lists(&self.changes.gone, &memory) {
                 complain("unseal", converter.unseal_locked(gfns));
             }
-            for &gfns in &self.changes.come {
+            for gfns in subtract_lists(&self.changes.sealed, &memory) {
                 complain("seal", converter.seal_locked(gfns));
+            }
+        }
+    }
+
+    fn call(&self, step: &Step) -> Result<(), Errno> {
+        let slot = step.slot();
+        let size = if let Step::Delete(_) = step { 0 } else { slot.gfns.bytes() };
+        let file = slot.binding.and_then(|binding| self.edit.file(binding.file, self.next));
+        self.memory.call_region(slot, size, file.filter(|_| size != 0).map(Arc::as_ref))
+    }
+
+    /// What comes to have a slot is sealed no more: not before it has one, or somebody could find a hole.
+    fn unseal(&self, step: &Step) -> Result<(), StepError> {
+        let (Some(slot), true) = (step.after(), self.memory.platform().hazards.holes_stick) else { return Ok(()) };
+        let changes = [&self.changes.gone, &self.changes.come];
+        let there = changes.into_iter().flat_map(|gfns| intersect_lists(&[slot.gfns], gfns));
+        there.into_iter().try_for_each(|gfns| self.memory.converter.unseal_locked(gfns))
+    }
+
+    /// Of what is about to lose its slot, what was sealed before the edit is so again.
+    fn seal_again(&self, step: &Step) {
+        for gfns in step.before().into_iter().flat_map(|slot| intersect_lists(&[slot.gfns], &self.changes.sealed)) {
+            if let Err(error) = self.memory.converter.seal_locked(gfns) {
+                tracing::error!(%error, "undoing an edit: a hole that its guest may take for a device");
             }
         }
     }
@@ -483,9 +519,16 @@ fn same_memory(a: &Space, b: &Space, gfns: GfnRange) -> Vec<GfnRange> {
 
 impl Effects for Work<'_> {
     fn step(&self, step: &Step) -> Result<(), Errno> {
-        let slot = step.slot();
-        let size = if let Step::Delete(_) = step { 0 } else { slot.gfns.bytes() };
-        let file = slot.binding.and_then(|binding| self.edit.file(binding.file, self.next));
-        self.memory.call_region(slot, size, file.filter(|_| size != 0).map(Arc::as_ref))
+        self.seal_again(step);
+        self.call(step)?;
+        let Err(error) = self.unseal(step) else { return Ok(()) };
+        tracing::error!(%error, "{} slot {:#x}", step.kind(), step.slot().id.raw());
+        let back = step.inverse();
+        self.seal_again(&back);
+        match self.call(&back) {
+            Ok(()) => Err(if let StepError::Attributes { errno, .. } = error { errno } else { Errno::EIO }),
+            // The slot is there, and the layout has to say so.
+            Err(_) => Ok(()),
+        }
     }
 }

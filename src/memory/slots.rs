@@ -277,15 +277,14 @@ impl CvmMemory {
             memory: self,
             space: next.clone(),
             fresh: Vec::new(),
-            unsealed: Vec::new(),
+            sealed: Vec::new(),
             created: Vec::new(),
             armed: true,
         };
         for slot in slots.iter().filter(|_| hazards.holes_stick) {
             let told: Vec<GfnRange> = self.converter.materialised().member_runs(slot.gfns).collect();
             let own: Vec<GfnRange> = self.converter.declared().member_runs(slot.gfns).collect();
-            undo.unsealed.extend(subtract_lists(&told, &own));
-            self.converter.unseal_locked(slot.gfns).map_err(|error| SlotError::Step { gfns: slot.gfns, error })?;
+            undo.sealed.extend(subtract_lists(&told, &own));
         }
         for slot in slots.iter().filter(|slot| next.is_convertible(slot)) {
             let fresh: Vec<GfnRange> = self.known.differing_runs(slot.gfns, true).collect();
@@ -308,6 +307,11 @@ impl CvmMemory {
             undo.created.push(*slot);
             // Its guest may use it from here on, even if it goes again.
             frames.bound(slot);
+            // Not before: as long as there was no slot, somebody could have found a hole.
+            if hazards.holes_stick {
+                let gfns = slot.gfns;
+                self.converter.unseal_locked(gfns).map_err(|error| SlotError::Step { gfns, error })?;
+            }
         }
         let published = next.clone();
         self.converter.publish_space(next);
@@ -408,8 +412,8 @@ struct Undo<'a> {
     memory: &'a CvmMemory,
     /// With the memory of the slots that were to be added.
     space: Space,
-    /// What has been taken out of the state in which holes are.
-    unsealed: Vec<GfnRange>,
+    /// Frames in the state in which holes are kept.
+    sealed: Vec<GfnRange>,
     fresh: Vec<GfnRange>,
     created: Vec<Memslot>,
     armed: bool,
@@ -420,6 +424,7 @@ impl Drop for Undo<'_> {
         if !self.armed {
             return;
         }
+        self.seal();
         for slot in self.created.iter().rev() {
             if let Err(error) = self.memory.set_region(slot, 0, None) {
                 keep_for_ever(&error, self.space.shared(slot.id));
@@ -436,7 +441,14 @@ impl Drop for Undo<'_> {
                 tracing::error!(%error, "memory that was not wanted stays known");
             }
         }
-        for &gfns in &self.unsealed {
+        // What was forgotten may have been a hole before.
+        self.seal();
+    }
+}
+
+impl Undo<'_> {
+    fn seal(&self) {
+        for &gfns in &self.sealed {
             if let Err(error) = self.memory.converter.seal_locked(gfns) {
                 tracing::error!(%error, "a hole stays that the guest may take for a device");
             }

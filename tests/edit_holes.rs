@@ -8,7 +8,7 @@ use std::sync::Arc;
 use cvm_memory::addr::{FilePage, Gpa};
 use cvm_memory::hypervisor::{Hazards, Hypervisor};
 use cvm_memory::layout::SlotFlags;
-use cvm_memory::memory::{EditError, SlotSpec};
+use cvm_memory::memory::{EditError, SlotError, SlotSpec};
 use cvm_memory_testkit::Call;
 use edit_kit::*;
 use nix::errno::Errno;
@@ -99,4 +99,39 @@ fn a_hole_is_unsealed_only_once_it_is_one_no_more() {
     assert_eq!(order(&vm), taken_back);
     memory.add_slots(vec![spec]).unwrap();
     assert_eq!(order(&vm), [("slot", true), ("private", false)]);
+}
+
+/// Where holes stick, all memory is within the record: what becomes of a hole could not be remembered beyond. That is said
+/// before the first call, as it is of memory that can be private.
+#[test]
+fn memory_beyond_the_record_is_refused_before_any_call() {
+    const BEYOND: u64 = 1 << 30;
+    for holes_stick in [true, false] {
+        let (vm, memory) = hazardous(Hazards { holes_stick, ..Hazards::NONE });
+        let backing = slice(16 * PAGE).backing;
+        let beyond = || plain(BEYOND, 16 * PAGE, &backing, 0, SlotFlags::empty());
+        let created = || {
+            let mut edit = memory.edit();
+            edit.create(beyond()).unwrap();
+            edit.commit(&BESIDE)
+        };
+        if holes_stick {
+            assert!(matches!(created(), Err(EditError::Record { .. })));
+            assert!(matches!(memory.add_slots(vec![beyond()]), Err(SlotError::Record { .. })));
+            assert_eq!(vm.take(), []);
+        } else {
+            created().unwrap();
+            let mut edit = memory.edit();
+            edit.delete(BEYOND, 16 * PAGE).unwrap();
+            edit.commit(&BESIDE).unwrap();
+        }
+        let private = Some((Arc::new(vm.create_guest_memfd(MIB, 0).unwrap()), FilePage::ZERO));
+        let spec =
+            SlotSpec { id: None, gpa: BEYOND, size: MIB, shared: slice(MIB), private, flags: SlotFlags::empty() };
+        vm.take();
+        let mut edit = memory.edit();
+        edit.truncate(0, 32 * PAGE).unwrap().create(spec).unwrap();
+        assert!(matches!(edit.commit(&BESIDE), Err(EditError::Record { .. })));
+        assert_eq!(vm.take(), []);
+    }
 }

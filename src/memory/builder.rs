@@ -163,8 +163,10 @@ impl Builder {
         self
     }
 
-    /// Memory that can be private may be added later up to this address, in bytes. Costs address space of this process,
-    /// a bit per page and record, but no memory. By default the end of the memory described, rounded up to a GiB.
+    /// Memory that can be private may be added later up to this address, in bytes; so may any memory where a hole is
+    /// remembered as a device ([`Hazards::holes_stick`](crate::hypervisor::Hazards::holes_stick)). Costs address space of
+    /// this process, a bit per page and record, but no memory. By default the end of the memory described, rounded up to a
+    /// GiB.
     pub const fn address_limit(mut self, bytes: u64) -> Self {
         self.address_limit = bytes;
         self

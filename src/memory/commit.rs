@@ -243,6 +243,9 @@ impl Work<'_> {
         {
             return Err(Hazard::LosesVcpu { platform: platform.name, gfns }.into());
         }
+        for slot in self.plan.created() {
+            self.memory.check_record(&slot, self.next).map_err(|error| EditError::Record { gfns: slot.gfns, error })?;
+        }
         let mut rebound = Rebound::new();
         for slot in self.plan.created().filter(|_| hazards.pages_keep_their_frame) {
             for (file, pages, was, wanted) in frames.rebound(&slot) {

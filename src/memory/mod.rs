@@ -33,8 +33,8 @@ use crate::edit::Harvest;
 use crate::gate::Gate;
 use crate::gmem::FileId;
 use crate::hypervisor::{Cap, Capabilities, Hypervisor, MissingCapability, Platform, Vcpu};
-use crate::layout::{SlotFlags, SlotId, SlotTable};
-use crate::page_set::{PageSet, Pages};
+use crate::layout::{Memslot, SlotFlags, SlotId, SlotTable};
+use crate::page_set::{PageSet, PageSetError, Pages};
 use crate::prefault::{PrefaultError, PrefaultOptions, Prefaulted, Progress, prefault};
 use crate::stats::{Requests, Syscalls};
 use crate::sync::blocking::{Mutex, MutexGuard};
@@ -319,6 +319,16 @@ impl CvmMemory {
         *self.harvest.lock().unwrap_or_else(PoisonError::into_inner) = harvest;
         self.tell_edited();
         Ok(())
+    }
+
+    /// That the record reaches as far as `slot`, which is about to come: memory that can be private has a state, and where a hole
+    /// is remembered as a device, all memory leaves one in which it must not be found.
+    fn check_record(&self, slot: &Memslot, space: &Space) -> Result<(), PageSetError> {
+        if space.is_convertible(slot) || self.platform().hazards.holes_stick {
+            self.known.admits(slot.gfns)
+        } else {
+            Ok(())
+        }
     }
 
     /// Who keeps dirty bits is told of the slots that there are now.

@@ -250,6 +250,9 @@ impl CvmMemory {
         if let Some((one, other)) = next.shared_twice() {
             return Err(SlotError::SharedTwice { one, other });
         }
+        for slot in &slots {
+            self.check_record(slot, &next).map_err(|error| SlotError::Record { gfns: slot.gfns, error })?;
+        }
         let hull = slots.iter().map(|slot| slot.gfns).reduce(|a, b| a.hull(&b));
         let Some(hull) = hull else { return Ok(Vec::new()) };
         if let Some(harvester) = self.harvester() {

@@ -166,11 +166,9 @@ impl PageSet {
     /// # Errors
     /// [`PageSetError::BeyondCapacity`], and nothing has changed, if `range` is not empty and ends beyond the capacity.
     pub fn set(&self, range: GfnRange, value: bool) -> Result<(), PageSetError> {
+        self.admits(range)?;
         if range.is_empty() {
             return Ok(());
-        }
-        if range.end().get() > self.capacity {
-            return Err(PageSetError::BeyondCapacity { range, capacity: self.capacity });
         }
         let (first, end) = (range.start().get(), range.end().get());
         // `[first_whole, end_whole)` are the whole chunks of the range, if it has any.
@@ -217,6 +215,18 @@ impl Pages {
     /// Capacity in pages: the frames `[0, capacity)` can be in the set.
     pub const fn capacity(&self) -> u64 {
         self.capacity
+    }
+
+    /// Whether all of `range` can be in the set.
+    ///
+    /// # Errors
+    /// [`PageSetError::BeyondCapacity`] if it is not empty and ends beyond the capacity.
+    pub fn admits(&self, range: GfnRange) -> Result<(), PageSetError> {
+        let capacity = self.capacity;
+        if range.is_empty() || range.end().get() <= capacity {
+            return Ok(());
+        }
+        Err(PageSetError::BeyondCapacity { range, capacity })
     }
 
     /// Whether `gfn` is in the set. Wait-free: one or two loads. A frame beyond the capacity is not.

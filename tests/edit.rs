@@ -6,8 +6,9 @@ mod edit_kit;
 use std::sync::{Arc, Mutex};
 
 use cvm_memory::addr::{FilePage, Gpa};
-use cvm_memory::backing::SharedSlice;
+use cvm_memory::backing::{SharedBacking, SharedMemory, SharedSlice};
 use cvm_memory::convert::State;
+use cvm_memory::dirty::{Clearing, Mechanism, Stage, Tracker, Unloggable};
 use cvm_memory::edit::{Harvest, Reason};
 use cvm_memory::hypervisor::Hypervisor;
 use cvm_memory::layout::{Memslot, SlotFlags, SlotId};
@@ -373,4 +374,51 @@ fn s09_holes_are_clipped_to_the_slots_that_there_are() {
     assert_eq!(clip(0x40, 0x90), [gfns(0x100, 0x108)]);
     assert_eq!(clip(0x8f, 0x99), [gfns(0x118, 0x119)]);
     assert_eq!(clip(0x17f, 0x181), [gfns(0x1ff, 0x200), gfns(0x200, 0x201)]);
+}
+
+/// One more owner of a mapping.
+#[derive(Debug)]
+struct Owner(Arc<SharedMemory>);
+
+// SAFETY: what is vouched for lives as long.
+#[allow(unsafe_code, reason = "a mapping has several owners here")]
+unsafe impl SharedBacking for Owner {
+    fn hva(&self) -> u64 {
+        self.0.hva()
+    }
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+    fn discard(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        self.0.discard(offset, len)
+    }
+    fn resident_bytes(&self) -> Option<u64> {
+        self.0.resident_bytes()
+    }
+}
+
+/// Slots that share a mapping, each with an owner of its own for it: whichever goes, the dirty bits of the other are kept.
+#[test]
+fn a_mapping_is_tracked_until_its_last_slot_goes() {
+    for stays in [0, 16] {
+        let vm = SoftVm::default_type();
+        let ram = Arc::new(SharedMemory::new(32 * PAGE).unwrap());
+        let slot = |at: u64| {
+            let owner: Arc<dyn SharedBacking> = Arc::new(Owner(Arc::clone(&ram)));
+            plain(at * PAGE, 16 * PAGE, &owner, at * PAGE, SlotFlags::LOG_DIRTY)
+        };
+        let memory = CvmMemory::builder().slot(slot(0)).slot(slot(16)).build(Arc::new(vm.clone())).unwrap();
+        let tracker = Arc::new(Tracker::new(Arc::new(vm), Mechanism::Bitmap(Clearing::ByLooking)));
+        memory.set_harvest(Some(Arc::<Tracker>::clone(&tracker))).unwrap();
+        tracker.start(memory.space().layout(), Unloggable::Refuse).unwrap();
+        let mut edit = memory.edit();
+        edit.delete((16 - stays) * PAGE, 16 * PAGE).unwrap();
+        edit.commit(&BESIDE).unwrap();
+        let mut edit = memory.edit();
+        edit.create(plain(MIB, PAGE, &slice(PAGE).backing, 0, SlotFlags::empty())).unwrap();
+        edit.commit(&BESIDE).unwrap();
+        memory.write(Gpa(stays * PAGE), b"x").unwrap();
+        tracker.sync(Stage::Running).unwrap();
+        assert_eq!(tracker.take_gfns(), [gfns(stays, stays + 1)]);
+    }
 }

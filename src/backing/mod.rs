@@ -145,6 +145,11 @@ impl Space {
         self.shared.get(&id)
     }
 
+    /// The shared memory of every slot.
+    pub fn shared_slices(&self) -> impl Iterator<Item = &SharedSlice> {
+        self.shared.values()
+    }
+
     /// The shared backings, each once however many slots use it.
     pub fn shared_backings(&self) -> Vec<&Arc<dyn SharedBacking>> {
         let mut distinct: Vec<&Arc<dyn SharedBacking>> = self.shared.values().map(|slice| &slice.backing).collect();

@@ -82,13 +82,21 @@ struct Backing {
     hva: u64,
     bytes: u64,
     bitmap: Arc<DirtyBitmap>,
-    /// The mapping, if it is known when it goes: something else may come to lie there then.
-    mapping: Option<Weak<dyn SharedBacking>>,
+    /// Everybody who keeps the mapping, if it is known when it goes: something else may come to lie there then.
+    owners: Option<Vec<Weak<dyn SharedBacking>>>,
 }
 
 impl Backing {
     fn is_there(&self) -> bool {
-        self.mapping.as_ref().is_none_or(|mapping| mapping.strong_count() != 0)
+        self.owners.as_ref().is_none_or(|owners| owners.iter().any(|owner| owner.strong_count() != 0))
+    }
+
+    /// It is there for as long as `owner` is, too.
+    fn keep(&mut self, owner: Option<Weak<dyn SharedBacking>>) {
+        if let (Some(owners), Some(owner)) = (&mut self.owners, owner) {
+            owners.retain(|known| known.strong_count() != 0 && !known.ptr_eq(&owner));
+            owners.push(owner);
+        }
     }
 }
 
@@ -193,7 +201,8 @@ impl Tracker {
         self.state().add_backing(backing, None)
     }
 
-    /// As [`add_backing`](Self::add_backing), for memory that is forgotten, bitmap and all, once its last owner drops it.
+    /// As [`add_backing`](Self::add_backing), for memory that is forgotten, bitmap and all, once all who were given for it are
+    /// dropped.
     ///
     /// # Errors
     /// `ENOMEM`.
@@ -510,15 +519,17 @@ impl State {
     fn add_backing(
         &mut self,
         backing: &dyn SharedBacking,
-        mapping: Option<Weak<dyn SharedBacking>>,
+        owner: Option<Weak<dyn SharedBacking>>,
     ) -> Result<Arc<DirtyBitmap>, Errno> {
         let (hva, bytes) = (backing.hva(), backing.size());
         self.backings.retain(Backing::is_there);
-        if let Some(known) = self.backings.iter().find(|known| (known.hva, known.bytes) == (hva, bytes)) {
+        if let Some(known) = self.backings.iter_mut().find(|known| (known.hva, known.bytes) == (hva, bytes)) {
+            known.keep(owner);
             return Ok(Arc::clone(&known.bitmap));
         }
         let bitmap = Arc::new(DirtyBitmap::new(bytes / PAGE_SIZE)?);
-        self.backings.push(Backing { hva, bytes, bitmap: Arc::clone(&bitmap), mapping });
+        let owners = owner.map(|owner| vec![owner]);
+        self.backings.push(Backing { hva, bytes, bitmap: Arc::clone(&bitmap), owners });
         Ok(bitmap)
     }
 

@@ -314,7 +314,8 @@ impl CvmMemory {
         let _editing = self.editing().map_err(|_| Errno::EDEADLK)?;
         let space = self.converter.space();
         if let Some(harvest) = &harvest {
-            space.shared_backings().into_iter().try_for_each(|backing| harvest.memory(backing))?;
+            // Each owner of a mapping, for the others may go.
+            space.shared_slices().try_for_each(|slice| harvest.memory(&slice.backing))?;
         }
         *self.harvest.lock().unwrap_or_else(PoisonError::into_inner) = harvest;
         self.tell_edited();

@@ -1,0 +1,56 @@
+//! Memory that the tracker keeps dirty bits of: whose it is, when it is forgotten, and what becomes of its bits where KVM keeps no
+//! log, or nobody could follow.
+#![allow(unsafe_code, reason = "memory is vouched for by more than one owner here")]
+
+mod dirty_kit;
+mod soft_kit;
+
+use std::sync::Arc;
+
+use cvm_memory::backing::{SharedBacking, SharedMemory};
+use cvm_memory::dirty::{StartError, Unloggable};
+use cvm_memory::layout::{Memslot, SlotId};
+use dirty_kit::*;
+use nix::errno::Errno;
+use soft_kit::*;
+
+/// The same mapping, brought by several owners: it is forgotten with the last of them.
+#[test]
+fn memory_with_several_owners_is_forgotten_with_the_last() {
+    #[derive(Debug)]
+    struct Owner(Arc<SharedMemory>);
+    // SAFETY: what is vouched for lives as long.
+    unsafe impl SharedBacking for Owner {
+        fn hva(&self) -> u64 {
+            self.0.hva()
+        }
+        fn size(&self) -> u64 {
+            self.0.size()
+        }
+        fn discard(&self, offset: u64, len: u64) -> Result<(), Errno> {
+            self.0.discard(offset, len)
+        }
+        fn resident_bytes(&self) -> Option<u64> {
+            self.0.resident_bytes()
+        }
+    }
+    let setup = Setup::new(BY_LOOKING, one_slot);
+    let ram = Arc::new(SharedMemory::new(16 * PAGE).unwrap());
+    let owner = || -> Arc<dyn SharedBacking> { Arc::new(Owner(Arc::clone(&ram))) };
+    let (first, second) = (owner(), owner());
+    let bitmap = setup.tracker.adopt(&first).unwrap();
+    assert!(Arc::ptr_eq(&bitmap, &setup.tracker.adopt(&second).unwrap()));
+    let there = Memslot { hva: ram.hva(), ..slot(setup.ram, 5, 0x300, 0, 16) };
+    setup.tracker.start(&layout(&[there]), Unloggable::Refuse).unwrap();
+    drop(first);
+    // Other memory comes, and the slots are looked at again.
+    let other: Arc<dyn SharedBacking> = Arc::new(SharedMemory::new(PAGE).unwrap());
+    setup.tracker.adopt(&other).unwrap();
+    setup.tracker.edited(&layout(&[there]));
+    setup.tracker.wrote(ram.hva() + PAGE, 1);
+    setup.sync();
+    assert_eq!(setup.tracker.take_gfns(), [gfns(0x301, 0x302)]);
+    drop(second);
+    let error = StartError::NoBacking { slot: SlotId::new(5), hva: there.hva, bytes: 16 * PAGE };
+    assert_eq!(setup.tracker.start(&layout(&[there]), Unloggable::Refuse), Err(error));
+}

@@ -54,3 +54,34 @@ fn memory_with_several_owners_is_forgotten_with_the_last() {
     let error = StartError::NoBacking { slot: SlotId::new(5), hva: there.hva, bytes: 16 * PAGE };
     assert_eq!(setup.tracker.start(&layout(&[there]), Unloggable::Refuse), Err(error));
 }
+
+/// Mappings that overlap, as a part and the whole do: a write that KVM knows nothing of is found in either.
+#[test]
+fn a_write_to_memory_that_is_part_of_two() {
+    #[derive(Debug)]
+    struct Part(&'static SharedMemory, u64);
+    // SAFETY: part of memory that lives for ever.
+    unsafe impl SharedBacking for Part {
+        fn hva(&self) -> u64 {
+            self.0.hva()
+        }
+        fn size(&self) -> u64 {
+            self.1
+        }
+        fn discard(&self, offset: u64, len: u64) -> Result<(), Errno> {
+            self.0.discard(offset, len)
+        }
+        fn resident_bytes(&self) -> Option<u64> {
+            None
+        }
+    }
+    let setup = Setup::new(BY_LOOKING, |_| Vec::new());
+    let ram: &'static SharedMemory = Box::leak(Box::new(SharedMemory::new(16 * PAGE).unwrap()));
+    let part = setup.tracker.add_backing(&Part(ram, 4 * PAGE)).unwrap();
+    setup.tracker.add_backing(ram).unwrap();
+    let there = slot(ram, 5, 0x300, 0, 16);
+    setup.tracker.start(&layout(&[there]), Unloggable::Refuse).unwrap();
+    setup.tracker.wrote(ram.hva() + 4 * PAGE - 1, 2);
+    assert_eq!(setup.tracker.take_gfns(), [gfns(0x303, 0x305)]);
+    assert_eq!(part.take().collect::<Vec<_>>(), [pages(3, 4)]);
+}

@@ -274,14 +274,17 @@ impl Tracker {
 
     /// Bytes at address `hva` were written, and KVM knows nothing of it. Memory that was not added is nobody's business.
     pub fn wrote(&self, hva: u64, bytes: u64) {
-        let state = self.state();
-        let holds = |backing: &&Backing| hva.checked_sub(backing.hva).is_some_and(|offset| offset < backing.bytes);
-        let Some(backing) = state.backings.iter().find(holds) else { return };
-        let offset = hva.saturating_sub(backing.hva);
-        let end = offset.saturating_add(bytes).min(backing.bytes).checked_next_multiple_of(PAGE_SIZE);
-        let end = end.map(FilePage::containing);
-        if let Some(pages) = end.and_then(|end| FileRange::new(FilePage::containing(offset), end).ok()) {
-            backing.bitmap.set(pages);
+        let end = hva.saturating_add(bytes);
+        // Of mappings that overlap, a slot may be over either.
+        for Backing { hva: start, bytes, bitmap, .. } in &self.state().backings {
+            let (from, to) = (hva.max(*start), end.min(start.saturating_add(*bytes)));
+            let last = to.saturating_sub(*start).checked_next_multiple_of(PAGE_SIZE).map(FilePage::containing);
+            let first = FilePage::containing(from.saturating_sub(*start));
+            if from < to
+                && let Some(pages) = last.and_then(|last| FileRange::new(first, last).ok())
+            {
+                bitmap.set(pages);
+            }
         }
     }
 

@@ -7,9 +7,11 @@ mod soft_kit;
 
 use std::sync::Arc;
 
+use cvm_memory::addr::FilePage;
 use cvm_memory::backing::{SharedBacking, SharedMemory};
 use cvm_memory::dirty::{StartError, Unloggable};
-use cvm_memory::layout::{Memslot, SlotId};
+use cvm_memory::gmem::FileId;
+use cvm_memory::layout::{FileBinding, Layout, Limits, Memslot, SlotFlags, SlotId};
 use dirty_kit::*;
 use nix::errno::Errno;
 use soft_kit::*;
@@ -84,4 +86,27 @@ fn a_write_to_memory_that_is_part_of_two() {
     setup.tracker.wrote(ram.hva() + 4 * PAGE - 1, 2);
     assert_eq!(setup.tracker.take_gfns(), [gfns(0x303, 0x305)]);
     assert_eq!(part.take().collect::<Vec<_>>(), [pages(3, 4)]);
+}
+
+/// A slot that KVM does not log may have been written until it went: its memory is dirty once more, whoever shows it then.
+#[test]
+fn a_slot_that_kvm_does_not_log_goes() {
+    for mechanism in [BY_LOOKING, BY_HAND, RING] {
+        let setup = Setup::new(mechanism, |_| Vec::new());
+        let file = FileId::next();
+        let binding = Some(FileBinding { file, start: FilePage::ZERO });
+        let logged = slot(setup.ram, 4, 0x200, 64, 16);
+        let private = Memslot { flags: SlotFlags::GUEST_MEMFD, binding, ..logged };
+        let before = Layout::from_slots(Limits::default(), [(file, 16)], [private]).unwrap();
+        setup.tracker.start(&before, Unloggable::AlwaysDirty).unwrap();
+        setup.sync();
+        assert_eq!(setup.tracker.take_gfns(), [private.gfns]);
+        // Written since, and then the same memory is in a slot with a log, which begins with nothing in it.
+        set_region(&setup.soft, &region(&logged)).unwrap();
+        setup.tracker.edited(&layout(&[logged]));
+        setup.sync();
+        assert_eq!(setup.tracker.take_gfns(), [logged.gfns], "{mechanism:?}");
+        setup.sync();
+        assert_eq!(setup.tracker.take_gfns(), [], "{mechanism:?}");
+    }
 }

@@ -407,6 +407,8 @@ impl Tracker {
             };
             next.extend(tracked.map(|tracked| (slot.id, tracked)));
         }
+        // Nobody harvests what has no log: it may have been written until it went.
+        before.values().filter(|tracked| !tracked.logged).for_each(|tracked| tracked.place.set_all());
         if state.lost_track.take().is_some() {
             // Nobody has looked after all of them in the meantime.
             next.values().for_each(|tracked| tracked.place.set_all());

@@ -10,11 +10,11 @@ use std::time::Duration;
 use cvm_memory::addr::{FilePage, Gpa};
 use cvm_memory::backing::{SharedBacking, SharedSlice};
 use cvm_memory::convert::{Listener, ListenerError, LockError, SharedRun, State};
-use cvm_memory::edit::{Hazard, Operation, PlanError, Region};
+use cvm_memory::edit::{Harvest, Hazard, Operation, PlanError, Region};
 use cvm_memory::gate::{Gate, GateError, Kick};
 use cvm_memory::gmem::GuestMemfd;
 use cvm_memory::hypervisor::{Hazards, Hypervisor};
-use cvm_memory::layout::{LayoutError, SlotFlags, SlotId};
+use cvm_memory::layout::{Layout, LayoutError, Memslot, SlotFlags, SlotId};
 use cvm_memory::memory::{CommitOptions, CvmMemory, EditError, SlotError, SlotSpec};
 use cvm_memory::soft::SoftVm;
 use cvm_memory_testkit::{Call, Recorder};
@@ -312,6 +312,57 @@ fn a_listener_cannot_edit() {
     edit.grow(0, 40 * PAGE).unwrap();
     edit.commit(&FEW).unwrap();
     assert_eq!(*meddler.1.lock().unwrap(), [Ok(()), Ok(())]);
+}
+
+/// Keeps dirty bits, and edits when it is asked about memory or told of slots, which must not be.
+#[derive(Debug, Default)]
+struct Busybody(Mutex<Weak<CvmMemory>>, Mutex<Vec<bool>>);
+
+impl Busybody {
+    fn edit(&self) {
+        let memory = self.0.lock().unwrap().upgrade();
+        if let Some(memory) = memory {
+            let mut edit = memory.edit();
+            edit.split(PAGE).unwrap();
+            let refused = matches!(edit.commit(&BESIDE), Err(EditError::Locked(LockError::Reentrant { .. })));
+            self.1.lock().unwrap().push(refused);
+        }
+    }
+}
+
+impl Harvest for Busybody {
+    fn memory(&self, _: &Arc<dyn SharedBacking>) -> Result<(), Errno> {
+        self.edit();
+        Ok(())
+    }
+    fn harvest(&self, _: &Memslot, _: &SharedSlice) -> Result<(), Errno> {
+        Ok(())
+    }
+    fn edited(&self, _: &Layout) {
+        self.edit();
+    }
+    fn wrote(&self, _: &SharedSlice, _: u64) {}
+}
+
+#[test]
+fn who_keeps_dirty_bits_cannot_edit() {
+    let (_, memory, _) = plain_vm(64, SlotFlags::empty());
+    let busybody = Arc::new(Busybody::default());
+    *busybody.0.lock().unwrap() = Arc::downgrade(&memory);
+    let (done, wait) = std::sync::mpsc::channel();
+    // Whoever waits for himself does so for ever.
+    let (other, keeper) = (Arc::clone(&memory), Arc::clone(&busybody));
+    thread::spawn(move || {
+        other.set_harvest(Some(keeper)).unwrap();
+        let backing = slice(16 * PAGE).backing;
+        other.add_slots(vec![plain(MIB, 16 * PAGE, &backing, 0, SlotFlags::empty())]).unwrap();
+        let mut edit = other.edit();
+        edit.create(plain(2 * MIB, 16 * PAGE, &slice(16 * PAGE).backing, 0, SlotFlags::empty())).unwrap();
+        edit.commit(&BESIDE).unwrap();
+        done.send(()).unwrap();
+    });
+    wait.recv_timeout(Duration::from_secs(60)).expect("nobody waits for himself");
+    assert_eq!(*busybody.1.lock().unwrap(), [true; 6]);
 }
 
 #[test]

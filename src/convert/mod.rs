@@ -195,6 +195,14 @@ impl Converter {
         self.locks.exclusive(gfns, None)
     }
 
+    /// [`hold`](Self::hold) of all frames: while others are called who must not edit.
+    ///
+    /// # Errors
+    /// [`LockError::Reentrant`].
+    pub(crate) fn hold_all(&self) -> Result<RangeGuard<'_>, LockError> {
+        self.hold(everything())
+    }
+
     /// Refuses a thread that is at a conversion: a listener that wants to edit slots.
     ///
     /// # Errors

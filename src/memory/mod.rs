@@ -312,6 +312,8 @@ impl CvmMemory {
     /// What it answers to the memory; `EDEADLK` from a listener. The one before stays then.
     pub fn set_harvest(&self, harvest: Option<Arc<dyn Harvest>>) -> Result<(), Errno> {
         let _editing = self.editing().map_err(|_| Errno::EDEADLK)?;
+        // Should it want to edit when it is told, it is refused, and does not wait for this.
+        let _guard = self.converter.hold_all().map_err(|_| Errno::EDEADLK)?;
         let space = self.converter.space();
         if let Some(harvest) = &harvest {
             // Each owner of a mapping, for the others may go.

@@ -255,15 +255,14 @@ impl CvmMemory {
         }
         let hull = slots.iter().map(|slot| slot.gfns).reduce(|a, b| a.hull(&b));
         let Some(hull) = hull else { return Ok(Vec::new()) };
+        // What is no memory yet has no pins; those of memory in between do not matter.
+        let _guard = self.converter.hold(hull)?;
         if let Some(harvester) = self.harvester() {
             for (slot, slice) in slots.iter().filter_map(|slot| Some((slot, next.shared(slot.id)?))) {
                 let failed = |errno| SlotError::Harvest { slot: slot.id.raw(), errno };
                 harvester.memory(&slice.backing).map_err(failed)?;
             }
         }
-
-        // What is no memory yet has no pins; those of memory in between do not matter.
-        let _guard = self.converter.hold(hull)?;
         for slot in slots.iter().filter(|slot| !next.is_convertible(slot)) {
             if let Some(gfns) = self.converter.declared().member_runs(slot.gfns).next() {
                 return Err(SlotError::StillPrivate { slot: slot.id.raw(), gfns });

@@ -10,24 +10,26 @@
 //!
 //! It sets no flags of slots: who logs, the layout says.
 
+mod backings;
 mod by_hand;
 mod error;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Arc, PoisonError, Weak};
+use std::sync::{Arc, PoisonError};
 
 use nix::errno::Errno;
 
 use super::bitmap::DirtyBitmap;
 use super::negotiate::{Clearing, Mechanism};
 use super::ring::{DirtyRings, Owners, RingStats, Stray};
-use crate::addr::{FilePage, FileRange, GfnRange, PAGE_SIZE};
+use crate::addr::{FileRange, GfnRange};
 use crate::backing::SharedBacking;
 use crate::hypervisor::{ClearDirtyLog, DirtyLog, DirtyRingMemory, Hypervisor};
 use crate::layout::{Layout, Memslot, SlotFlags, SlotId};
 use crate::sync::blocking::{Mutex, MutexGuard};
 
+use backings::{Backings, Place};
 pub use error::{ClearError, StartError, SyncError};
 
 /// Times in a row that a vCPU may find its ring full and nothing in it.
@@ -76,55 +78,6 @@ pub struct Reaped {
     pub fulls: u64,
 }
 
-/// Memory that slots are over, and its bitmap.
-#[derive(Debug)]
-struct Backing {
-    hva: u64,
-    bytes: u64,
-    bitmap: Arc<DirtyBitmap>,
-    /// Everybody who keeps the mapping, if it is known when it goes: something else may come to lie there then.
-    owners: Option<Vec<Weak<dyn SharedBacking>>>,
-}
-
-impl Backing {
-    fn is_there(&self) -> bool {
-        self.owners.as_ref().is_none_or(|owners| owners.iter().any(|owner| owner.strong_count() != 0))
-    }
-
-    /// It is there for as long as `owner` is, too.
-    fn keep(&mut self, owner: Option<Weak<dyn SharedBacking>>) {
-        if let (Some(owners), Some(owner)) = (&mut self.owners, owner) {
-            owners.retain(|known| known.strong_count() != 0 && !known.ptr_eq(&owner));
-            owners.push(owner);
-        }
-    }
-}
-
-/// Where an owner's pages are.
-#[derive(Debug, Clone)]
-struct Place {
-    bitmap: Arc<DirtyBitmap>,
-    first: FilePage,
-    pages: u64,
-}
-
-impl Place {
-    fn range(&self, first: u64, pages: u64) -> Option<FileRange> {
-        let start = self.first.get().checked_add(first)?;
-        FileRange::with_len(FilePage::new(start)?, pages).ok()
-    }
-
-    fn set(&self, first: u64, pages: u64) {
-        if let Some(range) = self.range(first, pages) {
-            self.bitmap.set(range);
-        }
-    }
-
-    fn set_all(&self) {
-        self.set(0, self.pages);
-    }
-}
-
 /// A slot that is tracked.
 #[derive(Debug)]
 struct Tracked {
@@ -149,7 +102,7 @@ impl Tracked {
 
 #[derive(Debug, Default)]
 struct State {
-    backings: Vec<Backing>,
+    backings: Backings,
     /// Whether tracking was started.
     active: bool,
     /// Whether slots are being replaced.
@@ -198,7 +151,7 @@ impl Tracker {
     /// # Errors
     /// `ENOMEM`.
     pub fn add_backing(&self, backing: &dyn SharedBacking) -> Result<Arc<DirtyBitmap>, Errno> {
-        self.state().add_backing(backing, None)
+        self.state().backings.add(backing, None)
     }
 
     /// As [`add_backing`](Self::add_backing), for memory that is forgotten, bitmap and all, once all who were given for it are
@@ -207,7 +160,7 @@ impl Tracker {
     /// # Errors
     /// `ENOMEM`.
     pub fn adopt(&self, backing: &Arc<dyn SharedBacking>) -> Result<Arc<DirtyBitmap>, Errno> {
-        self.state().add_backing(backing.as_ref(), Some(Arc::downgrade(backing)))
+        self.state().backings.add(backing.as_ref(), Some(Arc::downgrade(backing)))
     }
 
     /// Adds the ring of a vCPU that has not run yet.
@@ -274,18 +227,7 @@ impl Tracker {
 
     /// Bytes at address `hva` were written, and KVM knows nothing of it. Memory that was not added is nobody's business.
     pub fn wrote(&self, hva: u64, bytes: u64) {
-        let end = hva.saturating_add(bytes);
-        // Of mappings that overlap, a slot may be over either.
-        for Backing { hva: start, bytes, bitmap, .. } in &self.state().backings {
-            let (from, to) = (hva.max(*start), end.min(start.saturating_add(*bytes)));
-            let last = to.saturating_sub(*start).checked_next_multiple_of(PAGE_SIZE).map(FilePage::containing);
-            let first = FilePage::containing(from.saturating_sub(*start));
-            if from < to
-                && let Some(pages) = last.and_then(|last| FileRange::new(first, last).ok())
-            {
-                bitmap.set(pages);
-            }
-        }
+        self.state().backings.wrote(hva, bytes);
     }
 
     /// Finds out what was written since the last time, and notes it in the bitmaps.
@@ -382,7 +324,7 @@ impl Tracker {
             if !logged && !unloggable {
                 continue;
             }
-            let place = state.place(slot)?;
+            let place = state.backings.place(slot)?;
             let known = state.slots.get(&slot.id);
             let log = if known.is_some_and(|known| known.is(slot, logged)) || !logged || !self.has_logs() {
                 None
@@ -521,23 +463,6 @@ impl Tracker {
 }
 
 impl State {
-    fn add_backing(
-        &mut self,
-        backing: &dyn SharedBacking,
-        owner: Option<Weak<dyn SharedBacking>>,
-    ) -> Result<Arc<DirtyBitmap>, Errno> {
-        let (hva, bytes) = (backing.hva(), backing.size());
-        self.backings.retain(Backing::is_there);
-        if let Some(known) = self.backings.iter_mut().find(|known| (known.hva, known.bytes) == (hva, bytes)) {
-            known.keep(owner);
-            return Ok(Arc::clone(&known.bitmap));
-        }
-        let bitmap = Arc::new(DirtyBitmap::new(bytes / PAGE_SIZE)?);
-        let owners = owner.map(|owner| vec![owner]);
-        self.backings.push(Backing { hva, bytes, bitmap: Arc::clone(&bitmap), owners });
-        Ok(bitmap)
-    }
-
     /// Forgets the slots.
     fn forget(&mut self) {
         self.slots.clear();
@@ -551,23 +476,6 @@ impl State {
             Some(error) => Err(SyncError::Layout(error)),
             None => Ok(()),
         }
-    }
-
-    /// Where the memory of a slot is.
-    fn place(&self, slot: &Memslot) -> Result<Place, StartError> {
-        let (hva, bytes) = (slot.hva, slot.gfns.bytes());
-        let inside = |backing: &&Backing| {
-            if !backing.is_there() {
-                return false;
-            }
-            let offset = hva.checked_sub(backing.hva);
-            let end = offset.and_then(|offset| offset.checked_add(bytes));
-            end.is_some_and(|end| end <= backing.bytes)
-        };
-        let backing = self.backings.iter().find(inside);
-        let backing = backing.ok_or(StartError::NoBacking { slot: slot.id, hva, bytes })?;
-        let first = FilePage::containing(hva.saturating_sub(backing.hva));
-        Ok(Place { bitmap: Arc::clone(&backing.bitmap), first, pages: slot.gfns.pages() })
     }
 }
 

@@ -8,12 +8,12 @@ use std::sync::{Arc, Mutex};
 use cvm_memory::addr::{FilePage, Gpa};
 use cvm_memory::backing::{SharedBacking, SharedMemory, SharedSlice};
 use cvm_memory::convert::State;
-use cvm_memory::dirty::{Clearing, Mechanism, Stage, Tracker, Unloggable};
+use cvm_memory::dirty::{Clearing, Mechanism, Offer, Stage, SyncReport, Tracker, Unloggable};
 use cvm_memory::edit::{Harvest, Reason};
-use cvm_memory::hypervisor::Hypervisor;
+use cvm_memory::hypervisor::{Cap, Exit, Hypervisor, Vcpu};
 use cvm_memory::layout::{Memslot, SlotFlags, SlotId};
 use cvm_memory::memory::{CvmMemory, EditError, SlotSpec};
-use cvm_memory::soft::SoftVm;
+use cvm_memory::soft::{GuestOp, SoftVm};
 use cvm_memory_testkit::{Call, Recorder};
 use edit_kit::*;
 use nix::errno::Errno;
@@ -420,5 +420,52 @@ fn a_mapping_is_tracked_until_its_last_slot_goes() {
         memory.write(Gpa(stays * PAGE), b"x").unwrap();
         tracker.sync(Stage::Running).unwrap();
         assert_eq!(tracker.take_gfns(), [gfns(stays, stays + 1)]);
+    }
+}
+
+/// KVM logs a slot from the moment it is there, under a guest that does not wait until everybody has been told.
+#[test]
+fn what_is_written_to_memory_that_is_just_coming_is_dirty() {
+    const RING: Mechanism = Mechanism::Ring { cap: Cap::DIRTY_LOG_RING, bytes: 4096, backed: false };
+    for (reaped, edited) in [(false, false), (false, true), (true, false), (true, true)] {
+        let soft = SoftVm::default_type();
+        RING.enable(&soft, &Offer::probe(&soft)).unwrap();
+        let vm = Recorder::new(soft.clone());
+        let tracker = Arc::new(Tracker::new(Arc::new(soft.clone()), RING));
+        let backing = slice(64 * PAGE).backing;
+        let slot = |at: u64| plain(at * PAGE, 16 * PAGE, &backing, at * PAGE, SlotFlags::LOG_DIRTY);
+        let builder = CvmMemory::builder().slot(slot(0)).harvest(Arc::<Tracker>::clone(&tracker));
+        let memory = builder.build(Arc::new(vm.clone())).unwrap();
+        tracker.start(memory.space().layout(), Unloggable::Refuse).unwrap();
+        let vcpu = soft.create_vcpu();
+        tracker.add_ring(vcpu.dirty_ring(4096).unwrap());
+        // Between the two slots that come, the guest writes to the first.
+        let (vcpu, reaper) = (Mutex::new(vcpu), Arc::clone(&tracker));
+        let write = move |call: &Call| {
+            if matches!(call, Call::SetUserMemoryRegion2(r) if r.guest_phys_addr == 48 * PAGE) {
+                let vcpu = &mut *vcpu.lock().unwrap();
+                vcpu.start(GuestOp::Fill { gpa: 20 * PAGE, len: 1, byte: 1, private: false });
+                assert!(matches!(vcpu.run(), Ok(Exit::Halt)));
+                if reaped {
+                    reaper.reap().unwrap();
+                }
+            }
+            false
+        };
+        vm.fail_matching(write, Errno::EIO);
+        if edited {
+            let mut edit = memory.edit();
+            edit.create(slot(16)).unwrap().create(slot(48)).unwrap();
+            assert_eq!(edit.commit(&BESIDE).unwrap().stopped, None);
+        } else {
+            memory.add_slots(vec![slot(16), slot(48)]).unwrap();
+        }
+        assert_eq!(tracker.sync(Stage::Last).unwrap().stray, None);
+        assert_eq!(tracker.take_gfns(), [gfns(20, 21)], "reaped: {reaped}, edited: {edited}");
+        // Slots that did not come to be are forgotten.
+        vm.clear_faults();
+        vm.fail_matching(|call| matches!(call, Call::SetUserMemoryRegion2(_)), Errno::ENOMEM);
+        memory.add_slots(vec![plain(MIB, 16 * PAGE, &slice(16 * PAGE).backing, 0, SlotFlags::LOG_DIRTY)]).unwrap_err();
+        assert_eq!(tracker.sync(Stage::Last), Ok(SyncReport::default()));
     }
 }

@@ -212,6 +212,27 @@ impl Tracker {
         Ok(())
     }
 
+    /// Slots of `layout` that are not there yet are about to come while vCPUs run: what is written there belongs to them from the
+    /// first write on. [`edited`](Self::edited) has to be told whatever comes of it.
+    pub fn expect(&self, layout: &Layout) {
+        let mut state = self.state();
+        if !state.active || state.lost_track.is_some() {
+            return;
+        }
+        let known = &state.slots;
+        let coming: Vec<Memslot> =
+            layout.table().slots().filter(|slot| is_logged(slot) && !known.contains_key(&slot.id)).copied().collect();
+        for slot in coming {
+            // What cannot be followed is told of once it is there.
+            if let Ok(place) = state.backings.place(&slot)
+                && let Ok(log) = self.log_of(&slot)
+            {
+                let tracked = self.begin(&mut state, slot, place, log);
+                state.slots.insert(slot.id, tracked);
+            }
+        }
+    }
+
     /// The slots are those of `layout` now. If one of them cannot be followed, the next sync says why.
     pub fn edited(&self, layout: &Layout) {
         let mut state = self.state();
@@ -316,7 +337,7 @@ impl Tracker {
     fn follow(&self, state: &mut State, layout: &Layout) -> Result<(), StartError> {
         let mut places = Vec::new();
         for slot in layout.table().slots() {
-            let logged = slot.flags.contains(SlotFlags::LOG_DIRTY);
+            let logged = is_logged(slot);
             let unloggable = slot.flags.contains(SlotFlags::GUEST_MEMFD);
             if unloggable && state.unloggable == Unloggable::Refuse {
                 return Err(StartError::Unloggable { slot: slot.id, gfns: slot.gfns });
@@ -326,12 +347,7 @@ impl Tracker {
             }
             let place = state.backings.place(slot)?;
             let known = state.slots.get(&slot.id);
-            let log = if known.is_some_and(|known| known.is(slot, logged)) || !logged || !self.has_logs() {
-                None
-            } else {
-                let log = DirtyLog::for_pages(slot.gfns.pages());
-                Some(log.map_err(|errno| StartError::Memory { slot: slot.id, errno })?)
-            };
+            let log = if known.is_some_and(|known| known.is(slot, logged)) { None } else { self.log_of(slot)? };
             places.push((*slot, logged, place, log));
         }
         let mut before = std::mem::take(&mut state.slots);
@@ -340,12 +356,7 @@ impl Tracker {
             let tracked = if before.get(&slot.id).is_some_and(|known| known.is(&slot, logged)) {
                 before.remove(&slot.id).map(|known| Tracked { slot, place, ..known })
             } else {
-                if self.mechanism == Mechanism::Bitmap(Clearing::ByHandFromAll) {
-                    // As its log says, which an edit may have had cleared.
-                    place.set_all();
-                }
-                state.next_owner = state.next_owner.saturating_add(1);
-                Some(Tracked { slot, owner: state.next_owner, place, logged, log, looked: false })
+                Some(self.begin(state, slot, place, log))
             };
             next.extend(tracked.map(|tracked| (slot.id, tracked)));
         }
@@ -360,6 +371,25 @@ impl Tracker {
             state.retired.extend(before.into_values().map(|tracked| (tracked.owner, tracked.place)));
         }
         Ok(())
+    }
+
+    /// Where the log of a slot is read to, if it has one.
+    fn log_of(&self, slot: &Memslot) -> Result<Option<DirtyLog>, StartError> {
+        if !is_logged(slot) || !self.has_logs() {
+            return Ok(None);
+        }
+        let log = DirtyLog::for_pages(slot.gfns.pages());
+        log.map(Some).map_err(|errno| StartError::Memory { slot: slot.id, errno })
+    }
+
+    /// A slot that was not tracked before.
+    fn begin(&self, state: &mut State, slot: Memslot, place: Place, log: Option<DirtyLog>) -> Tracked {
+        if self.mechanism == Mechanism::Bitmap(Clearing::ByHandFromAll) {
+            // As its log says, which an edit may have had cleared.
+            place.set_all();
+        }
+        state.next_owner = state.next_owner.saturating_add(1);
+        Tracked { slot, owner: state.next_owner, place, logged: is_logged(&slot), log, looked: false }
     }
 
     /// Rings into bitmaps.
@@ -477,6 +507,11 @@ impl State {
             None => Ok(()),
         }
     }
+}
+
+/// Whether KVM keeps track of what is written to it.
+const fn is_logged(slot: &Memslot) -> bool {
+    slot.flags.contains(SlotFlags::LOG_DIRTY)
 }
 
 impl fmt::Debug for Tracker {

@@ -33,6 +33,12 @@ pub trait Harvest: std::fmt::Debug + Send + Sync {
         Ok(())
     }
 
+    /// Slots of `layout` are about to come beside those that there are, and vCPUs run meanwhile: KVM logs what they write from
+    /// then on. [`edited`](Self::edited) follows, whether the slots came or not.
+    fn expect(&self, layout: &Layout) {
+        let _ = layout;
+    }
+
     /// The dirty log of `slot` is about to go, or to go elsewhere with a slot that moves. No vCPU is in the guest, and none of them enters before this returns.
     /// Bit `n` is about byte `n * 4096` of `memory`.
     ///

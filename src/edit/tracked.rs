@@ -21,6 +21,10 @@ impl Harvest for Tracker {
         })
     }
 
+    fn expect(&self, layout: &Layout) {
+        Self::expect(self, layout);
+    }
+
     fn edited(&self, layout: &Layout) {
         Self::edited(self, layout);
     }

@@ -336,6 +336,11 @@ impl Work<'_> {
         if self.plan.stops_vcpus() || vcpu_state || !rebound.is_empty() {
             closed = Some((memory.gate.close(self.options.patience)?, Instant::now()));
         }
+        if closed.is_none()
+            && let Some(harvester) = memory.harvester()
+        {
+            harvester.expect(self.next.layout());
+        }
         let result = self.harvest().and_then(|()| self.call_kvm(frames, rebound));
         memory.tell_edited();
         let stopped = closed.map(|(closed, since)| {

@@ -304,6 +304,9 @@ impl CvmMemory {
                 return Err(SlotError::Step { gfns: slot.gfns, error });
             }
         }
+        if let Some(harvester) = self.harvester() {
+            harvester.expect(next.layout());
+        }
         for (slot, file) in slots.iter().zip(&files) {
             self.set_region(slot, slot.gfns.bytes(), file.as_deref())?;
             undo.created.push(*slot);
@@ -445,6 +448,7 @@ impl Drop for Undo<'_> {
         }
         // What was forgotten may have been a hole before.
         self.seal();
+        self.memory.tell_edited();
     }
 }
 

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use cvm_memory::addr::FilePage;
 use cvm_memory::backing::{SharedBacking, SharedMemory};
-use cvm_memory::dirty::{StartError, Unloggable};
+use cvm_memory::dirty::{Stage, StartError, SyncError, Unloggable};
 use cvm_memory::gmem::FileId;
 use cvm_memory::layout::{FileBinding, Layout, Limits, Memslot, SlotFlags, SlotId};
 use dirty_kit::*;
@@ -109,4 +109,29 @@ fn a_slot_that_kvm_does_not_log_goes() {
         setup.sync();
         assert_eq!(setup.tracker.take_gfns(), [], "{mechanism:?}");
     }
+}
+
+/// While slots cannot be followed, some may come, be written, and go: once they can, all memory is dirty, theirs too.
+#[test]
+fn memory_that_went_while_slots_could_not_be_followed() {
+    let mut setup = Setup::new(BY_LOOKING, one_slot);
+    let file = FileId::next();
+    let binding = Some(FileBinding { file, start: FilePage::ZERO });
+    let private = Memslot { flags: SlotFlags::GUEST_MEMFD, binding, ..slot(setup.ram, 4, 0x200, 64, 16) };
+    let (stays, goes) = (one_slot(setup.ram)[0], slot(setup.ram, 5, 0x300, 128, 16));
+    set_region(&setup.soft, &region(&goes)).unwrap();
+    let all = Layout::from_slots(Limits::default(), [(file, 16)], [stays, goes, private]).unwrap();
+    setup.tracker.edited(&all);
+    assert!(matches!(setup.tracker.sync(Stage::Running), Err(SyncError::Layout(StartError::Unloggable { .. }))));
+    setup.write(0x305);
+    setup.tracker.before_delete(&goes).unwrap();
+    set_region(&setup.soft, &delete(5)).unwrap();
+    setup.tracker.edited(&layout(&[stays]));
+    setup.sync();
+    assert_eq!(setup.tracker.take_gfns(), [stays.gfns]);
+    // The same memory is back, its log new.
+    set_region(&setup.soft, &region(&goes)).unwrap();
+    setup.tracker.edited(&layout(&[stays, goes]));
+    setup.sync();
+    assert_eq!(setup.tracker.take_gfns(), [goes.gfns]);
 }

@@ -363,8 +363,8 @@ impl Tracker {
         // Nobody harvests what has no log: it may have been written until it went.
         before.values().filter(|tracked| !tracked.logged).for_each(|tracked| tracked.place.set_all());
         if state.lost_track.take().is_some() {
-            // Nobody has looked after all of them in the meantime.
-            next.values().for_each(|tracked| tracked.place.set_all());
+            // Nobody has looked after all of them in the meantime, nor after those that came and went.
+            state.backings.set_all();
         }
         state.slots = next;
         if matches!(self.mechanism, Mechanism::Ring { .. }) {

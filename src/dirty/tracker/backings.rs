@@ -73,6 +73,15 @@ impl Backings {
         }
     }
 
+    /// All of it may have been written.
+    pub(super) fn set_all(&self) {
+        for Backing { bitmap, .. } in &self.0 {
+            if let Ok(all) = FileRange::with_len(FilePage::ZERO, bitmap.pages()) {
+                bitmap.set(all);
+            }
+        }
+    }
+
     /// Where the memory of a slot is.
     pub(super) fn place(&self, slot: &Memslot) -> Result<Place, StartError> {
         let (hva, bytes) = (slot.hva, slot.gfns.bytes());

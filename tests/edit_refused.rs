@@ -280,6 +280,25 @@ fn nobody_waits_for_himself() {
     commit(&BESIDE).unwrap();
 }
 
+/// Somebody has stopped the vCPUs to look at the memory, which a commit keeps from him while it wants to stop them itself.
+#[test]
+fn a_commit_does_not_wait_for_ever_for_a_gate_that_is_kept_closed() {
+    let (vm, memory, _) = plain_vm(64, SlotFlags::empty());
+    let (before, closed) = (kvm_slots(&vm), memory.gate().close(Duration::ZERO).unwrap());
+    let (done, wait) = std::sync::mpsc::channel();
+    let other = Arc::clone(&memory);
+    thread::spawn(move || {
+        let mut edit = other.edit();
+        edit.split(32 * PAGE).unwrap();
+        done.send(edit.commit(&CommitOptions { patience: Duration::from_millis(1), ..BESIDE })).unwrap();
+    });
+    memory.read(Gpa(31 * PAGE), &mut [0; 8192]).unwrap();
+    let result = wait.recv_timeout(Duration::from_secs(60)).expect("an answer");
+    assert!(matches!(result, Err(EditError::Gate(GateError::KeptClosed { .. }))), "{result:?}");
+    assert_eq!((kvm_slots(&vm), region_calls(&vm)), (before, vec![]));
+    drop(closed);
+}
+
 /// Edits its memory when it is told of a change, which must not be.
 #[derive(Debug)]
 struct Meddler(Weak<CvmMemory>, Mutex<Vec<Result<(), String>>>);

@@ -6,8 +6,8 @@
 //! that: an exit that is being handled holds nobody up, and is not held up.
 //!
 //! What would wait for itself is an error instead: closing the gate from inside or twice by one thread, entering it while
-//! this thread keeps it closed, one vCPU entering twice. Of several threads that close it, each waits its turn. The gate
-//! knows nothing of memory, and runs nothing.
+//! this thread keeps it closed, one vCPU entering twice. Of several threads that close it, each waits its turn, but not for ever:
+//! who keeps it closed may want what the one who waits has. The gate knows nothing of memory, and runs nothing.
 
 mod signal;
 
@@ -47,6 +47,12 @@ pub enum GateError {
         /// Which.
         inside: Vec<VcpuId>,
         /// How long they had.
+        patience: Duration,
+    },
+    /// Another thread did not open it in time. It may be waiting for this one.
+    #[error("another thread keeps the gate closed for longer than {patience:?}")]
+    KeptClosed {
+        /// How long it had.
         patience: Duration,
     },
     /// This thread is inside with a vCPU: it would wait for itself.
@@ -144,13 +150,19 @@ impl Gate {
     /// Closes the gate: waits for others who keep it closed, kicks those inside, and waits for them to leave.
     ///
     /// # Errors
-    /// [`GateError::NeverLeft`] after `patience`; [`GateError::Inside`] and [`GateError::ClosedByMe`] at once.
+    /// [`GateError::KeptClosed`] and [`GateError::NeverLeft`] after `patience` each; [`GateError::Inside`] and
+    /// [`GateError::ClosedByMe`] at once.
     pub fn close(&self, patience: Duration) -> Result<Closed<'_>, GateError> {
         let me = current_thread().id();
         let mut state = self.lock();
         refuse(&state, me)?;
+        let mut started = None;
         while state.closed.is_some() {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            let left = patience.saturating_sub(started.get_or_insert_with(Instant::now).elapsed());
+            if left.is_zero() {
+                return Err(GateError::KeptClosed { patience });
+            }
+            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
         state.closed = Some(me);
         state.closures = state.closures.wrapping_add(1);

@@ -113,6 +113,19 @@ fn nobody_waits_for_himself() {
     drop(pass.enter().unwrap());
 }
 
+/// Who keeps it closed may wait for somebody who wants to close it.
+#[test]
+fn nobody_waits_for_ever_for_somebody_who_keeps_it_closed() {
+    let gate = Arc::new(Gate::default());
+    let closed = gate.close(EVER).unwrap();
+    let patience = Duration::from_millis(1);
+    let other = Arc::clone(&gate);
+    let waits = thread::spawn(move || other.close(patience).map(drop));
+    assert_eq!(waits.join().unwrap(), Err(GateError::KeptClosed { patience }));
+    drop(closed);
+    drop(gate.close(patience).unwrap());
+}
+
 /// A kick that comes before the guest is entered counts; one from before the gate was entered does not.
 #[test]
 fn a_vcpu_that_has_gone_holds_nobody_up() {

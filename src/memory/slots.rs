@@ -173,7 +173,8 @@ pub enum SlotError {
         gfns: GfnRange,
     },
     /// Pages of a file were at other frames, and this platform remembers that until they are freed: the guest would fault on
-    /// them for ever. Punch them out of the file first, or move them by an [edit](CvmMemory::edit) that does.
+    /// them for ever. Add them by an [edit](CvmMemory::edit) that frees them first
+    /// ([`free_rebound`](super::CommitOptions::free_rebound)): of holes that somebody else punches nobody here hears.
     #[error("slot {slot:#x} has pages {pages:x?} of guest_memfd {file} at {wanted}, which were at {was}")]
     Rebound {
         /// The slot, as KVM numbers it.

@@ -299,6 +299,22 @@ fn a_commit_does_not_wait_for_ever_for_a_gate_that_is_kept_closed() {
     drop(closed);
 }
 
+/// What a device is at must not go; what lies between two ranges that go is none of theirs.
+#[test]
+fn only_accesses_to_what_goes_are_waited_for() {
+    let (_, memory, backing) = plain_vm(16, SlotFlags::empty());
+    let slot = |at: u64| plain(at * PAGE, 4 * PAGE, &backing, at * PAGE, SlotFlags::empty());
+    memory.add_slots(vec![slot(18), slot(24)]).unwrap();
+    let _pin = memory.pin(gfns(18, 20)).unwrap();
+    let mut edit = memory.edit();
+    edit.truncate(0, 8 * PAGE).unwrap().delete(24 * PAGE, 4 * PAGE).unwrap();
+    edit.commit(&BESIDE).unwrap();
+    let mut edit = memory.edit();
+    edit.truncate(0, 4 * PAGE).unwrap().truncate(18 * PAGE, PAGE).unwrap();
+    let refused = edit.commit(&BESIDE);
+    assert!(matches!(refused, Err(EditError::Locked(LockError::Pinned { .. }))), "{refused:?}");
+}
+
 /// Edits its memory when it is told of a change, which must not be.
 #[derive(Debug)]
 struct Meddler(Weak<CvmMemory>, Mutex<Vec<Result<(), String>>>);

@@ -149,6 +149,19 @@ impl RangeLock {
     /// # Errors
     /// [`LockError`].
     pub fn exclusive(&self, range: GfnRange, pins: Option<PinPolicy>) -> Result<RangeGuard<'_>, LockError> {
+        self.exclusive_over(range, pins, &[range])
+    }
+
+    /// As [`exclusive`](Self::exclusive), where only pins of `changing`, parts of `range`, matter: nothing else of it changes.
+    ///
+    /// # Errors
+    /// [`LockError`].
+    pub fn exclusive_over(
+        &self,
+        range: GfnRange,
+        pins: Option<PinPolicy>,
+        changing: &[GfnRange],
+    ) -> Result<RangeGuard<'_>, LockError> {
         let me = current_thread().id();
         let mut table = self.table();
         table.refuse_reentry(range)?;
@@ -160,7 +173,8 @@ impl RangeLock {
                 table = self.wait(table);
                 continue;
             }
-            let (Some(pins), Some(pin)) = (pins, table.find(&range, Kind::Shared)) else { break None };
+            let pin = changing.iter().find_map(|gfns| table.find(gfns, Kind::Shared));
+            let (Some(pins), Some(pin)) = (pins, pin) else { break None };
             let refusal = LockError::Pinned { range, pinned: pin.range };
             let PinPolicy::Wait(patience) = pins else { break Some(refusal) };
             let left = patience.saturating_sub(started.get_or_insert_with(Instant::now).elapsed());

@@ -179,12 +179,13 @@ impl Converter {
         self.queue.bytes()
     }
 
-    /// Keeps every conversion, pin and materialisation out of `gfns`, for an edit of the layout.
+    /// Keeps every conversion, pin and materialisation out of `gfns`, for an edit of the layout that takes `going` away. Device
+    /// accesses to the rest may go on.
     ///
     /// # Errors
     /// [`LockError`].
-    pub(crate) fn exclusive(&self, gfns: GfnRange) -> Result<RangeGuard<'_>, LockError> {
-        self.locks.exclusive(gfns, Some(self.options.pins))
+    pub(crate) fn exclusive(&self, gfns: GfnRange, going: &[GfnRange]) -> Result<RangeGuard<'_>, LockError> {
+        self.locks.exclusive_over(gfns, Some(self.options.pins), going)
     }
 
     /// Keeps every conversion and materialisation out of `gfns`; device accesses may go on.

@@ -120,8 +120,11 @@ fn commit(edit: &Edit<'_>, options: &CommitOptions) -> Result<Committed, EditErr
     let both = slices_of_both(&current, &plan, &next);
     let converter = &memory.converter;
     // Only an access to what goes must end first.
-    let _guard =
-        if changes.gone.is_empty() { converter.hold(changes.hull)? } else { converter.exclusive(changes.hull)? };
+    let _guard = if changes.gone.is_empty() {
+        converter.hold(changes.hull)?
+    } else {
+        converter.exclusive(changes.hull, &changes.gone)?
+    };
     let work =
         Work { memory, edit, options, plan: &plan, changes: &changes, current: &current, next: &next, both: &both };
     let rebound = work.check(&frames)?;

@@ -13,7 +13,7 @@ use cvm_memory::hypervisor::Hypervisor;
 use cvm_memory::layout::{Memslot, SlotFlags, SlotId};
 use cvm_memory::memory::{CvmMemory, EditError, SlotSpec};
 use cvm_memory::soft::SoftVm;
-use cvm_memory_testkit::Call;
+use cvm_memory_testkit::{Call, chain};
 use edit_kit::*;
 use nix::errno::Errno;
 
@@ -285,6 +285,8 @@ fn a_device_that_cannot_map_what_comes_stops_the_edit() {
     edit.grow(0, 120 * PAGE).unwrap().truncate(0, 32 * PAGE).unwrap();
     let error = edit.commit(&BESIDE).unwrap_err();
     assert!(matches!(error, EditError::Step { gfns: failed, .. } if failed == gfns(64, 120)), "{error}");
+    let at = "[0x40, 0x78)";
+    assert_eq!(chain(&error), format!("memory at gfns {at}: map gfns {at} for devices: listener: {}", Errno::ENOSPC));
     assert_eq!(format!("{:?}", everything(&vm, &memory, &device)), before);
     assert_eq!(region_calls(&vm), [], "before any call");
 }

@@ -17,7 +17,7 @@ use cvm_memory::hypervisor::{Hazards, Hypervisor, Platform};
 use cvm_memory::layout::{LayoutError, SlotFlags, SlotId};
 use cvm_memory::memory::{CommitOptions, CvmMemory, EditError, SlotError, SlotSpec};
 use cvm_memory::soft::{Arch, SoftVm, Tagged};
-use cvm_memory_testkit::{Call, Recorder};
+use cvm_memory_testkit::{Call, Recorder, chain};
 use edit_kit::*;
 use nix::errno::Errno;
 
@@ -37,6 +37,9 @@ fn what_makes_no_sense_is_refused_before_the_first_call() {
         range(edit.delete(1, PAGE)) && range(edit.delete(0, 0)) && range(edit.punch_hole(u64::MAX - 0xfff, 2 * PAGE))
     );
     assert!(matches!(edit.delete_slot(SlotId::new(7)), Err(EditError::Refused(_))));
+    // Which operation and why: each once.
+    let error = edit.name("vga").unwrap().punch_hole(MIB, PAGE).unwrap_err();
+    assert_eq!(chain(&error), "operation 0, punch hole (vga): gfns [0x100, 0x101) are not memory");
     // S06: the pages are bound.
     let private = Some((Arc::clone(&file), FilePage::new(32).unwrap()));
     let spec =

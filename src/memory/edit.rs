@@ -340,7 +340,8 @@ impl<'a> Edit<'a> {
         self.apply(Operation::Grow { of, pages })
     }
 
-    /// Describes all memory anew. What is as it was does not change.
+    /// Describes all memory anew. What is as it was does not change, except that [`Prefer::FewSlots`](crate::edit::Prefer) makes one
+    /// slot of neighbours that continue.
     ///
     /// # Errors
     /// As all operations.

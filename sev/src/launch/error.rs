@@ -80,6 +80,16 @@ pub enum FinishError {
         /// Save areas.
         vmsas: usize,
     },
+    /// A save area has other features than the VM was initialised with, and so every vCPU has. Nothing has happened.
+    #[error("the save area of vcpu {vcpu} has features {features:#x}, but the vm has {vm:#x}")]
+    Features {
+        /// The vCPU, by its place in the list.
+        vcpu: usize,
+        /// `SEV_FEATURES` of its save area.
+        features: u64,
+        /// What `KVM_SEV_INIT2` was given, and SNP itself.
+        vm: u64,
+    },
     /// The digest is not the expected one. KVM was not asked.
     #[error("the digest is {digest}, not {expected}")]
     Digest {

@@ -179,7 +179,7 @@ pub enum SlotError {
     },
     /// Pages of a file were at other frames, and this platform remembers that until they are freed: the guest would fault on
     /// them for ever. Punch them out of the file first, or move them by an [edit](CvmMemory::edit) that does.
-    #[error("slot {slot:#x} has pages {pages:x?} of guest_memfd {file} at {wanted}, which were at {was}")]
+    #[error("slot {slot:#x} has pages {pages} of guest_memfd {file} at gfn {wanted}, which were at gfn {was}")]
     Rebound {
         /// The slot, as KVM numbers it.
         slot: u32,

@@ -15,13 +15,13 @@ pub enum ImportError {
     #[error(transparent)]
     List(#[from] InvalidList),
     /// Frames have been launched before. Nothing has happened.
-    #[error("{gfns:x?} has been launched already")]
+    #[error("gfns {gfns} have been launched already")]
     Again {
         /// The first of them.
         gfns: GfnRange,
     },
     /// Frames could not be brought into the state that they must have. They are as they were.
-    #[error("{gfns:x?} to {to}")]
+    #[error("gfns {gfns} to {to}")]
     Convert {
         /// The frames.
         gfns: GfnRange,
@@ -32,7 +32,7 @@ pub enum ImportError {
         error: ConvertError,
     },
     /// Frames could not be brought into the state that they must have.
-    #[error("{gfns:x?} to {to}: {outcome:?}")]
+    #[error("gfns {gfns} to {to}: {outcome:?}")]
     NotConverted {
         /// The frames.
         gfns: GfnRange,

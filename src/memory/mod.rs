@@ -44,7 +44,7 @@ pub(crate) use access::Part;
 pub use builder::{BuildError, Builder};
 pub use commit::{CommitOptions, Committed};
 pub use edit::{Edit, EditError, NestedEdit};
-pub use inspect::MemoryMap;
+pub use inspect::{MemoryMap, Run};
 
 use frames::Frames;
 pub use slots::{SlotError, SlotSpec};

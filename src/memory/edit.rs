@@ -175,6 +175,9 @@ pub struct Edit<'a> {
 
 impl CvmMemory {
     /// Begins an edit. Any number may be under way; each is committed on the layout as it is by then.
+    ///
+    /// With vCPUs running, each of their threads has to pass the [gate](Self::gate) around `KVM_RUN`: one that does not is not
+    /// kept out while slots are replaced.
     pub fn edit(&self) -> Edit<'_> {
         let base = Arc::clone(&self.space());
         let draft = Draft::new(base.layout(), 0, mapping_in(&base));

@@ -25,7 +25,7 @@ use cvm_memory::hypervisor::{Exit, Hypervisor, Platform};
 use cvm_memory::layout::{SlotFlags, SlotId};
 use cvm_memory::memory::{CvmMemory, SlotSpec};
 use cvm_memory::soft::SoftVm;
-use cvm_memory_testkit::{Guest, GuestOp, KvmGuest, SoftGuest};
+use cvm_memory_testkit::{Guest, GuestOp, KvmGuest, SoftGuest, chain};
 use nix::errno::Errno;
 
 type Failure = Box<dyn Error + Send + Sync>;
@@ -37,7 +37,7 @@ const GPA: u64 = 4 << 30;
 #[derive(Debug, Parser)]
 struct Args {
     /// Who runs the guest.
-    #[arg(long, value_enum, default_value_t = Backend::Soft)]
+    #[arg(long, value_enum, default_value_t = Backend::Auto)]
     backend: Backend,
     /// What says which pages were written.
     #[arg(long, value_enum, default_value_t = Choice::Best)]
@@ -64,7 +64,11 @@ struct Args {
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Backend {
+    /// KVM if there is one, else the software KVM.
+    Auto,
+    /// The software KVM.
     Soft,
+    /// KVM.
     Kvm,
 }
 
@@ -84,10 +88,25 @@ enum Vm {
 
 impl Vm {
     fn new(backend: Backend) -> Result<Self, Failure> {
-        Ok(match backend {
-            Backend::Soft => Self::Soft(SoftVm::default_type()),
-            Backend::Kvm => Self::Kvm(KvmVm::create(&kvm_ioctls::Kvm::new()?, Platform::DEFAULT)?),
-        })
+        let kvm = || -> Result<Self, Failure> {
+            let kvm = kvm_ioctls::Kvm::new().map_err(|error| format!("open /dev/kvm: {error}"))?;
+            Ok(Self::Kvm(KvmVm::create(&kvm, Platform::DEFAULT)?))
+        };
+        match backend {
+            Backend::Soft => Ok(Self::Soft(SoftVm::default_type())),
+            Backend::Kvm => kvm(),
+            Backend::Auto => Ok(kvm().unwrap_or_else(|reason| {
+                eprintln!("backend: soft, because there is no kvm here: {}", chain(reason.as_ref()));
+                Self::Soft(SoftVm::default_type())
+            })),
+        }
+    }
+
+    const fn name(&self) -> &'static str {
+        match self {
+            Self::Soft(_) => "the software KVM",
+            Self::Kvm(_) => "kvm",
+        }
     }
 
     fn hypervisor(&self) -> Arc<dyn Hypervisor> {
@@ -109,7 +128,7 @@ fn main() -> ExitCode {
     match run(&Args::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
+            eprintln!("error: {}", chain(error.as_ref()));
             ExitCode::FAILURE
         }
     }
@@ -131,7 +150,7 @@ fn run(args: &Args) -> Result<(), Failure> {
     };
     let choice = negotiate(&offer, &situation, wish)?;
     choice.mechanism.enable(hypervisor.as_ref(), &offer)?;
-    println!("{:?}", choice.mechanism);
+    println!("on {}: {:?}", vm.name(), choice.mechanism);
     choice.passed_over.iter().for_each(|refusal| println!("  not better, because {refusal}"));
 
     let size = args.memory << 20;

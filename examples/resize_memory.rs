@@ -26,7 +26,7 @@ use cvm_memory::hypervisor::{Exit, Hypervisor, Platform};
 use cvm_memory::layout::SlotFlags;
 use cvm_memory::memory::{CommitOptions, CvmMemory, SlotSpec};
 use cvm_memory::soft::SoftVm;
-use cvm_memory_testkit::{Guest, GuestOp, KvmGuest, Outcome, SoftGuest};
+use cvm_memory_testkit::{Guest, GuestOp, KvmGuest, Outcome, SoftGuest, chain};
 use nix::errno::Errno;
 
 const BLOCK: u64 = 2 << 20;
@@ -150,7 +150,11 @@ fn run<G: Guest>(vm: Arc<dyn Hypervisor>, mut guest: G, kick: Arc<dyn Kick>, blo
 }
 
 fn main() -> ExitCode {
-    let blocks = std::env::args().nth(1).and_then(|text| text.parse().ok()).unwrap_or(256_u64).clamp(4, 1024);
+    let blocks = std::env::args().nth(1).map_or(Ok(256), |text| text.parse());
+    let Some(blocks) = blocks.ok().filter(|blocks| (4..=1024).contains(blocks)) else {
+        eprintln!("usage: resize_memory [BLOCKS], from 4 to 1024 blocks of 2 MiB");
+        return ExitCode::from(2);
+    };
     let kvm = kvm_ioctls::Kvm::new().ok().and_then(|kvm| KvmVm::create(&kvm, Platform::DEFAULT).ok());
     let result = if let Some(vm) = kvm {
         println!("on /dev/kvm");
@@ -167,7 +171,7 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("{error}");
+            eprintln!("error: {}", chain(error.as_ref()));
             ExitCode::FAILURE
         }
     }

@@ -27,8 +27,12 @@
 //! are half-open. This crate names no vendor: what is particular to one is in a crate of its own that plugs into the
 //! hypervisor seam and into the software KVM.
 //!
-//! What has run where: the software KVM is a model; the real KVM was run on Linux 7.3 under emulation, for default and
-//! software-protected VMs. Nothing has run on confidential-computing hardware.
+//! What is not here: slots of address spaces other than 0 (system management mode), which [`edit`] can plan and [`memory`] does
+//! not make; dirty tracking of memory that can be private, for which KVM has no mechanism; conversion in place, of a guest_memfd
+//! that is mapped; migration of private contents.
+//!
+//! What has run where: the software KVM is a model; the real KVM was run on Linux 7.3 under emulation, and default VMs on an
+//! ordinary host. Nothing has run on confidential-computing hardware.
 #![cfg_attr(
     not(test),
     warn(

@@ -200,6 +200,14 @@ fn the_sources_speak_of_the_project_alone() {
     }
 }
 
+/// The patch of the lab's kernel has another licence than the crate.
+#[test]
+fn the_labs_kernel_is_not_packaged() {
+    let manifest = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml")).unwrap();
+    let excluded = manifest.lines().filter_map(|line| line.strip_prefix("exclude = "));
+    assert!(excluded.flat_map(|list| list.split('"')).any(|path| path == "/tests/lab"));
+}
+
 /// The table of rules in ARCHITECTURE.md names files and tests that exist.
 #[test]
 fn the_map_names_what_is_there() {

@@ -14,7 +14,7 @@ use cvm_memory::hypervisor::{Cap, Exit, Hypervisor, Vcpu};
 use cvm_memory::layout::{Memslot, SlotFlags, SlotId};
 use cvm_memory::memory::{CvmMemory, EditError, SlotSpec};
 use cvm_memory::soft::{GuestOp, SoftVm};
-use cvm_memory_testkit::{Call, Recorder};
+use cvm_memory_testkit::{Call, Recorder, chain};
 use edit_kit::*;
 use nix::errno::Errno;
 
@@ -85,6 +85,38 @@ fn t06_nothing_to_do_is_nothing_done() {
     assert_eq!(steps(&edit.commit(&FEW).unwrap()), [("set flags", gfns(0, 16))]);
     assert_eq!(region_calls(&vm), [(0, 16 * PAGE)]);
     assert_eq!(memory.gate().closures(), 0);
+}
+
+/// All memory described anew: what is there as described takes no call.
+#[test]
+fn what_is_described_as_it_is_stays() {
+    let (vm, memory, backing) = plain_vm(16, SlotFlags::empty());
+    let mut edit = memory.edit();
+    edit.split(8 * PAGE).unwrap();
+    edit.commit(&BESIDE).unwrap();
+    vm.take();
+    let part = |gpa: u64, from: u64| plain(gpa * PAGE, 8 * PAGE, &backing, from * PAGE, SlotFlags::empty());
+    let describe = |specs: Vec<SlotSpec>, options| {
+        let mut edit = memory.edit();
+        edit.replace_all(specs).unwrap();
+        steps(&edit.commit(options).unwrap())
+    };
+    assert_eq!(describe(vec![part(8, 8), part(0, 0)], &BESIDE), []);
+    assert_eq!(region_calls(&vm), []);
+    // The upper half goes, and other memory comes; the lower half is left alone.
+    let other = describe(vec![part(0, 0), part(32, 16)], &BESIDE);
+    assert_eq!(other, [("delete", gfns(8, 16)), ("create", gfns(32, 40))]);
+    assert_eq!(describe(vec![part(0, 0), part(8, 8)], &BESIDE), [("delete", gfns(32, 40)), ("create", gfns(8, 16))]);
+    // Neighbours become one only where few slots are wanted.
+    let one = [("delete", gfns(0, 8)), ("delete", gfns(8, 16)), ("create", gfns(0, 16))];
+    assert_eq!(describe(vec![part(0, 0), part(8, 8)], &FEW), one);
+    // What makes no sense leaves the edit as it was.
+    let mut edit = memory.edit();
+    edit.punch_hole(0, PAGE).unwrap();
+    assert!(matches!(edit.replace_all(vec![part(0, 0), part(4, 8)]), Err(EditError::Refused(_))));
+    assert_eq!(edit.draft().operations().count(), 1);
+    assert_eq!(describe(Vec::new(), &FEW), [("delete", gfns(0, 16))]);
+    assert_eq!(slots(&memory), []);
 }
 
 /// Somebody who keeps dirty bits, for the order of things.
@@ -317,6 +349,8 @@ fn a_device_that_cannot_map_what_comes_stops_the_edit() {
     edit.grow(0, 120 * PAGE).unwrap().truncate(0, 32 * PAGE).unwrap();
     let error = edit.commit(&BESIDE).unwrap_err();
     assert!(matches!(error, EditError::Step { gfns: failed, .. } if failed == gfns(64, 120)), "{error}");
+    let at = "[0x40, 0x78)";
+    assert_eq!(chain(&error), format!("memory at gfns {at}: map gfns {at} for devices: listener: {}", Errno::ENOSPC));
     assert_eq!(format!("{:?}", everything(&vm, &memory, &device)), before);
     assert_eq!(region_calls(&vm), [], "before any call");
 }

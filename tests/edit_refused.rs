@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, Weak};
 use std::thread;
 use std::time::Duration;
 
-use cvm_memory::addr::{FilePage, Gpa};
+use cvm_memory::addr::{AddrError, FilePage, Gpa};
 use cvm_memory::backing::{SharedBacking, SharedSlice};
 use cvm_memory::convert::{Listener, ListenerError, LockError, SharedRun, State};
 use cvm_memory::edit::{Harvest, Hazard, Operation, PlanError, Region};
@@ -17,7 +17,7 @@ use cvm_memory::hypervisor::{Hazards, Hypervisor};
 use cvm_memory::layout::{Layout, LayoutError, Memslot, SlotFlags, SlotId};
 use cvm_memory::memory::{CommitOptions, CvmMemory, EditError, SlotError, SlotSpec};
 use cvm_memory::soft::SoftVm;
-use cvm_memory_testkit::{Call, Recorder};
+use cvm_memory_testkit::{Call, Recorder, chain};
 use edit_kit::*;
 use nix::errno::Errno;
 
@@ -37,6 +37,9 @@ fn what_makes_no_sense_is_refused_before_the_first_call() {
         range(edit.delete(1, PAGE)) && range(edit.delete(0, 0)) && range(edit.punch_hole(u64::MAX - 0xfff, 2 * PAGE))
     );
     assert!(matches!(edit.delete_slot(SlotId::new(7)), Err(EditError::Refused(_))));
+    // Which operation and why: each once.
+    let error = edit.name("vga").unwrap().punch_hole(MIB, PAGE).unwrap_err();
+    assert_eq!(chain(&error), "operation 0, punch hole (vga): gfns [0x100, 0x101) are not memory");
     // S06: the pages are bound.
     let private = Some((Arc::clone(&file), FilePage::new(32).unwrap()));
     let spec =
@@ -426,18 +429,30 @@ fn s01_s02_memory_that_begins_and_ends_anywhere() {
     let vm = SoftVm::software_protected();
     let file = Arc::new(vm.create_guest_memfd(MIB, 0).unwrap());
     let shared = SharedSlice { offset: 0x1800, ..slice(MIB) };
-    let section = |gpa, size| {
-        SlotSpec::whole_pages(gpa, size, shared.clone(), Some((Arc::clone(&file), 0x1800)), SlotFlags::empty())
+    let section = |gpa, size, offset| {
+        SlotSpec::whole_pages(gpa, size, shared.clone(), Some((Arc::clone(&file), offset)), SlotFlags::empty())
     };
     // S01: the offsets advance by what is cut off.
-    let slot = section(0x1800, 0x3000).unwrap();
+    let slot = section(0x1800, 0x3000, 0x1800).unwrap().unwrap();
     assert_eq!((slot.gpa, slot.size, slot.shared.offset), (0x2000, 0x2000, 0x2000));
     assert_eq!(slot.private.unwrap().1, FilePage::new(2).unwrap());
     // S02: no whole page, no slot, no error.
-    for (gpa, size) in [(0x1800, 0x800), (0x1800, 0x400), (0x1800, 0), (0x1001, 0xfff), (u64::MAX, 1)] {
-        assert!(section(gpa, size).is_none(), "{gpa:#x} {size:#x}");
+    for (gpa, size) in [(0x1800, 0x800), (0x1800, 0x400), (0x1800, 0), (0x1001, 0xfff), (u64::MAX - 1, 1)] {
+        assert!(section(gpa, size, 0x1800).unwrap().is_none(), "{gpa:#x} {size:#x}");
     }
-    assert_eq!(section(0x1000, 0x1000).map(|slot| (slot.gpa, slot.size)), Some((0x1000, 0x1000)));
+    let whole = section(0x1000, 0x1000, 0x3000).unwrap().unwrap();
+    assert_eq!((whole.gpa, whole.size, whole.private.unwrap().1), (0x1000, 0x1000, FilePage::new(3).unwrap()));
+    // What lies within a page of the file is no slot's: the page before would be the guest's instead.
+    for (gpa, offset) in [(0x1000, 0x1800), (0x1800, 0), (0x1800, 0x1801)] {
+        let refused = section(gpa, 0x3000, offset);
+        assert!(matches!(refused, Err(AddrError::Unaligned { .. })), "{gpa:#x} {offset:#x}: {refused:?}");
+    }
+    for (gpa, size, offset) in [(0x1800, 0x3000, u64::MAX), (0x1000, u64::MAX, 0), (u64::MAX, 1, 0)] {
+        assert!(
+            matches!(section(gpa, size, offset), Err(AddrError::BeyondTop { .. })),
+            "{gpa:#x} {size:#x} {offset:#x}"
+        );
+    }
 }
 
 /// Part of another mapping: two of these can touch.

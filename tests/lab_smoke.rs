@@ -2,6 +2,7 @@
 //!
 //! It says nothing about the library, and nothing about any other machine's KVM: outside the lab it skips.
 
+use cvm_memory_testkit::skip::skip;
 use kvm_bindings::{KVM_CAP_GUEST_MEMFD, KVM_CAP_MEMORY_ATTRIBUTES, KVM_CAP_VM_TYPES};
 use kvm_ioctls::Kvm;
 
@@ -14,7 +15,7 @@ const ATTRIBUTE_PRIVATE: i32 = 1 << 3;
 #[test]
 fn the_labs_kvm_has_private_memory() {
     if std::env::var("CVM_LAB").as_deref() != Ok("1") {
-        println!("skipped: CVM_LAB is not 1, this checks the lab's kernel (tests/lab/test --test lab_smoke)");
+        skip::<()>("CVM_LAB is not 1: this checks the lab's kernel (tests/lab/test --test lab_smoke)");
         return;
     }
     let kvm = Kvm::new().expect("the lab has /dev/kvm");

@@ -385,6 +385,26 @@ fn shared_memory_cannot_be_truncated_under_its_mapping() {
     memory.write(MIB - 1, &[1]).unwrap();
 }
 
+/// Several mappings of one file, as of a VMM that has one for all of its memory: each counts what it holds itself.
+#[test]
+fn parts_of_a_file_are_counted_once() {
+    let file = Arc::clone(SharedMemory::new(4 * MIB).unwrap().file());
+    let part = |offset, size| Arc::new(SharedMemory::from_file(Arc::clone(&file), offset, size).unwrap());
+    let parts = [part(0, MIB), part(MIB, 2 * MIB), part(3 * MIB, MIB)];
+    parts[0].write(PAGE_SIZE - 1, &[1, 2]).unwrap();
+    parts[2].write(0, &[3]).unwrap();
+    let slot = |gpa, part: &Arc<SharedMemory>| {
+        let shared = SharedSlice { backing: Arc::clone(part) as Arc<dyn SharedBacking>, offset: 0 };
+        SlotSpec { id: None, gpa, size: MIB, shared, private: None, flags: SlotFlags::empty() }
+    };
+    let builder = (0..).zip(&parts).fold(CvmMemory::builder(), |all, (at, part)| all.slot(slot(at * MIB, part)));
+    let memory = builder.build(Arc::new(SoftVm::default_type())).unwrap();
+    // Where the kernel can tell.
+    let held = parts.each_ref().map(|part| part.resident_bytes().map(|bytes| bytes / PAGE_SIZE));
+    assert!(held == [Some(2), Some(0), Some(1)] || held == [None; 3], "{held:?}");
+    assert_eq!(memory.resident().shared_bytes, held[0].map(|_| 3 * PAGE_SIZE));
+}
+
 #[test]
 fn slots_of_other_address_spaces_are_refused() {
     let memory = CvmMemory::builder().plain_ram(0, MIB).build(Arc::new(SoftVm::default_type())).unwrap();

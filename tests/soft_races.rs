@@ -160,6 +160,7 @@ fn hull_of_invalidations_that_overlap_in_time() {
 /// says which kind is in force otherwise: a read that falls within one state sees that kind's bytes.
 #[test]
 fn no_stale_byte_under_conversion() {
+    const TIMES: u64 = 100;
     for vm in [SoftVm::software_protected(), SoftVm::tagged()] {
         let pages = 4;
         let file = vm.create_guest_memfd(pages * PAGE, 0).unwrap();
@@ -168,9 +169,11 @@ fn no_stale_byte_under_conversion() {
         set_region(&vm, &gmem_slot(0, 0, pages * PAGE, ram.hva(), &file, 0)).unwrap();
         // 0 shared, 2 private and fresh, then on by 4.
         let state = Arc::new(AtomicU64::new(0));
+        // The state in which each of them last read.
+        let seen = Arc::new([AtomicU64::new(u64::MAX), AtomicU64::new(u64::MAX)]);
         let readers: Vec<_> = (0..2)
-            .map(|_| {
-                let (mut vcpu, state) = (vm.create_vcpu(), Arc::clone(&state));
+            .map(|who| {
+                let (mut vcpu, state, seen) = (vm.create_vcpu(), Arc::clone(&state), Arc::clone(&seen));
                 let leave = vcpu.immediate_exit();
                 let thread = std::thread::spawn(move || {
                     let mut checked = [0_u64; 2];
@@ -189,6 +192,7 @@ fn no_stale_byte_under_conversion() {
                             let want = if private { 0 } else { 0x11 };
                             assert!(bytes.iter().all(|byte| *byte == want), "state {before}: {bytes:x?}");
                             checked[usize::from(private)] += 1;
+                            seen[who].store(before, Ordering::SeqCst);
                         }
                     }
                 });
@@ -196,23 +200,30 @@ fn no_stale_byte_under_conversion() {
             })
             .collect();
         let mut vcpu = vm.create_vcpu();
-        for _ in 0..300 {
+        // No state goes before both have read in it.
+        let in_force = |now: u64| {
+            let is_behind = |(seen, (_, thread)): (&AtomicU64, &(_, JoinHandle<_>))| {
+                seen.load(Ordering::SeqCst) != now && !thread.is_finished()
+            };
+            while seen.iter().zip(&readers).any(is_behind) {
+                std::thread::yield_now();
+            }
+        };
+        for _ in 0..TIMES {
             // To private. Something is left there, and freed again, before the state is in force.
             state.fetch_add(1, Ordering::SeqCst);
             set_private(&vm, 0, pages * PAGE, true);
             finish(&mut vcpu, fill(0, pages * PAGE, 0xcc, true));
             file.punch_hole(file.pages()).unwrap();
-            state.fetch_add(1, Ordering::SeqCst);
-            std::thread::yield_now();
+            in_force(state.fetch_add(1, Ordering::SeqCst) + 1);
             state.fetch_add(1, Ordering::SeqCst);
             set_private(&vm, 0, pages * PAGE, false);
-            state.fetch_add(1, Ordering::SeqCst);
-            std::thread::yield_now();
+            in_force(state.fetch_add(1, Ordering::SeqCst) + 1);
         }
         for (leave, thread) in readers {
             leave.set(true);
             let [shared, private] = thread.join().unwrap();
-            println!("{shared} shared and {private} private reads checked");
+            assert!(shared >= TIMES && private >= TIMES, "{shared} shared and {private} private reads checked");
         }
     }
 }

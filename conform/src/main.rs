@@ -137,12 +137,14 @@ fn random(args: &Args, kind: Kind) -> Option<Result<Tally, Box<Failure>>> {
     outcome
 }
 
-fn play_file(args: &Args, path: &PathBuf) -> Result<(), String> {
+/// Whether there was anybody to play it.
+fn play_file(args: &Args, path: &PathBuf) -> Result<bool, String> {
     let text = std::fs::read_to_string(path).map_err(|error| error.to_string())?;
     let scenario: Scenario = text.parse().map_err(|error| format!("{error}"))?;
     let played = with_players(args, scenario.kind, |_, play| play(&scenario, &mut Tally::default()));
     match played {
-        None | Some(Ok(_)) => Ok(()),
+        None => Ok(false),
+        Some(Ok(_)) => Ok(true),
         Some(Err(difference)) => Err(difference.to_string()),
     }
 }
@@ -152,7 +154,8 @@ fn main() -> ExitCode {
     let mut good = true;
     for path in &args.play {
         match play_file(&args, path) {
-            Ok(()) => println!("{}: no difference", path.display()),
+            Ok(true) => println!("{}: no difference", path.display()),
+            Ok(false) => println!("{}: not played", path.display()),
             Err(reason) => {
                 good = false;
                 println!("{}: {reason}", path.display());

@@ -65,8 +65,27 @@ pub enum BackendChoice {
 }
 
 impl Args {
+    /// The command line, or its end: help, or an error with exit status 2.
     pub fn from_command_line() -> Self {
-        Self::parse()
+        let args = Self::parse();
+        if let Err(problem) = args.check() {
+            use clap::CommandFactory;
+            Self::command().error(clap::error::ErrorKind::ArgumentConflict, problem).exit();
+        }
+        args
+    }
+
+    /// Nothing that is asked for is left out of the digest without a word.
+    fn check(&self) -> Result<(), &'static str> {
+        match self.platform {
+            PlatformChoice::Tdx if self.igvm => {
+                Err("--igvm: only the images of SEV-SNP guests are read from such files")
+            }
+            PlatformChoice::Tdx if self.kernel.is_some() => {
+                Err("--kernel: a TD's firmware measures its kernel by itself")
+            }
+            PlatformChoice::Tdx | PlatformChoice::Snp => Ok(()),
+        }
     }
 }
 

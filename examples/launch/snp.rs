@@ -165,7 +165,9 @@ impl Backend {
 
     fn launch(&self, args: &Args, image: &Image, size: u64) -> Result<(LaunchDigest, CvmMemory), Failure> {
         let vmsas = &image.vmsas;
-        let init = Init { vmsa_features: args.guest_features & !SNP_ACTIVE, ..Init::default() };
+        // An image that brings its save areas says there which features the guest has, and no option does.
+        let features = vmsas.first().map_or(args.guest_features, Vmsa::features);
+        let init = Init { vmsa_features: features & !SNP_ACTIVE, ..Init::default() };
         match self {
             Self::Soft => {
                 let snp = Arc::new(SoftSnp::new());

@@ -166,7 +166,7 @@ pub enum InvalidList {
         second: String,
     },
     /// Frames that are to be private have no memory that can be.
-    #[error("{import}: no private memory at {missing:x?}")]
+    #[error("{import}: no private memory at gfns {missing}")]
     NoPrivateMemory {
         /// The import, as text.
         import: String,
@@ -174,7 +174,7 @@ pub enum InvalidList {
         missing: GfnRange,
     },
     /// Frames that are to be shared are not memory.
-    #[error("{import}: no memory at {missing:x?}")]
+    #[error("{import}: no memory at gfns {missing}")]
     NoMemory {
         /// The import, as text.
         import: String,

@@ -16,6 +16,8 @@
 //! | [`rmp`] | the reverse map table: a model of it, and of what Linux does with it |
 //! | [`soft`] | SNP on the software KVM |
 //!
+//! Not here: requests for attestation reports, VMPLs, migration, and of the GHCB protocol all that is not about memory.
+//!
 //! # What has run where
 //! The launch digest is held against digests that other programs compute for the same images. On Linux 7.3's own KVM, over
 //! *emulated* firmware, RMP and processor (the repository's `tests/lab`), have run: launches, whose digests are the predicted

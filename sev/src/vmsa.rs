@@ -227,6 +227,13 @@ impl Vmsa {
         self.get(at::SEV_FEATURES)
     }
 
+    /// The same of a vCPU with these features: KVM gives every vCPU those of the VM.
+    #[must_use]
+    pub(crate) fn with_features(mut self, features: u64) -> Self {
+        self.put(at::SEV_FEATURES, features);
+        self
+    }
+
     /// What to give the vCPU before the launch is finished, so that KVM makes this page.
     ///
     /// A page may say what KVM would not make: registers that a vCPU does not start with (debug registers, the MSRs of system

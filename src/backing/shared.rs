@@ -18,6 +18,7 @@ use vm_memory::mmap::MmapRegionError;
 use vm_memory::{FileOffset, MmapRegion, VolatileSlice};
 
 use crate::addr::PAGE_SIZE;
+use crate::gmem::cached_bytes;
 
 /// Shared guest memory that is mapped in this process.
 ///
@@ -216,8 +217,13 @@ unsafe impl SharedBacking for SharedMemory {
     }
 
     fn resident_bytes(&self) -> Option<u64> {
+        let file = fstat(self.file.as_fd()).ok()?;
+        let whole = self.offset == 0 && u64::try_from(file.st_size) == Ok(self.size());
+        if !whole {
+            // The rest of the file is not this memory's.
+            return cached_bytes(self.file.as_fd(), self.offset, self.size());
+        }
         // st_blocks counts units of 512 bytes on every file system.
-        let blocks = u64::try_from(fstat(self.file.as_fd()).ok()?.st_blocks).ok()?;
-        blocks.checked_mul(512)
+        u64::try_from(file.st_blocks).ok()?.checked_mul(512)
     }
 }

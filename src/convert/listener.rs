@@ -41,7 +41,7 @@ pub trait Listener: fmt::Debug + Send + Sync {
 
 /// Why a listener could not map.
 #[derive(Debug, Clone, thiserror::Error)]
-#[error("listener: {0}")]
+#[error("listener")]
 pub struct ListenerError(#[source] Arc<dyn std::error::Error + Send + Sync>);
 
 impl ListenerError {

@@ -30,7 +30,7 @@ impl fmt::Display for Label {
 
 /// An operation that cannot be applied to the layout as it would be by then. The edit is as it was before it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{label}: {reason}")]
+#[error("{label}")]
 pub struct Refused {
     /// Which.
     pub label: Label,

@@ -35,6 +35,7 @@ use limit::RateLimit;
 
 /// What the VMM must do.
 #[derive(Debug)]
+#[must_use]
 pub enum Action {
     /// Enter the guest again. A hypercall's answer has been written.
     Resume(Handled),

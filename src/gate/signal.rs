@@ -14,6 +14,9 @@ use nix::sys::signal::Signal;
 use super::Kick;
 
 /// Kicks a vCPU of `kvm-ioctls`. `KVM_CAP_IMMEDIATE_EXIT` is assumed; every kernel with guest_memfd has it.
+///
+/// Entering the gate clears `immediate_exit`, whoever has set it. So a VMM that uses it for more, to pause a vCPU perhaps, sets a
+/// flag of its own before, and looks at that flag between [entering](super::VcpuPass::enter) and `KVM_RUN`.
 #[derive(Debug)]
 pub struct SignalKick {
     immediate_exit: AtomicPtr<u8>,

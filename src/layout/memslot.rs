@@ -134,7 +134,7 @@ impl Memslot {
 }
 
 /// A byte count in the largest binary unit that divides it.
-struct Size(u64);
+pub(crate) struct Size(pub(crate) u64);
 
 impl fmt::Display for Size {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -19,6 +19,7 @@ mod table;
 pub use crate::gmem::FileId;
 pub use bindings::{BindError, Binding, Bindings, Clip, Clips, MAX_FILE_PAGES};
 pub use error::LayoutError;
+pub(crate) use memslot::Size;
 pub use memslot::{FileBinding, Memslot, SlotFlags, SlotId};
 pub use space::{AddressSpace, Location, Segment, Segments};
 pub use table::SlotTable;

@@ -60,7 +60,8 @@ impl CvmMemory {
         })
     }
 
-    /// Writes shared memory, as a device may: never a private page. Who [keeps](Self::set_harvest) dirty bits is told.
+    /// Writes shared memory: never a private page. Read-only memory too, which is how firmware gets there; a device has no
+    /// business to, and [`SharedView`](crate::view::SharedView) refuses it. Who [keeps](Self::set_harvest) dirty bits is told.
     ///
     /// # Errors
     /// [`AccessError`]; nothing is written then.

@@ -175,6 +175,9 @@ pub struct Edit<'a> {
 
 impl CvmMemory {
     /// Begins an edit. Any number may be under way; each is committed on the layout as it is by then.
+    ///
+    /// With vCPUs running, each of their threads has to pass the [gate](Self::gate) around `KVM_RUN`: one that does not is not
+    /// kept out while slots are replaced.
     pub fn edit(&self) -> Edit<'_> {
         let base = Arc::clone(&self.space());
         let draft = Draft::new(base.layout(), 0, mapping_in(&base));
@@ -340,7 +343,8 @@ impl<'a> Edit<'a> {
         self.apply(Operation::Grow { of, pages })
     }
 
-    /// Describes all memory anew. What is as it was does not change.
+    /// Describes all memory anew. What is as it was does not change, except that [`Prefer::FewSlots`](crate::edit::Prefer) makes one
+    /// slot of neighbours that continue.
     ///
     /// # Errors
     /// As all operations.

@@ -2,9 +2,10 @@
 
 use std::fmt;
 
-use crate::addr::{Gfn, GfnRange, PAGE_SHIFT};
+use crate::addr::{Gfn, GfnRange};
 use crate::backing::Space;
 use crate::convert::{Converter, State};
+use crate::layout::Size;
 use std::sync::Arc;
 
 use super::CvmMemory;
@@ -55,29 +56,13 @@ impl MemoryMap<'_> {
     }
 }
 
-/// A number of pages, in the largest unit that shows it whole.
-struct Size(u64);
-
-impl fmt::Display for Size {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (mut number, mut unit) = (self.0 << (PAGE_SHIFT - 10), "KiB");
-        for larger in ["MiB", "GiB", "TiB"] {
-            if number == 0 || number % 1024 != 0 {
-                break;
-            }
-            (number, unit) = (number / 1024, larger);
-        }
-        write!(f, "{number} {unit}")
-    }
-}
-
 impl fmt::Display for MemoryMap<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let table = self.space.layout().table();
-        let pages = table.slots().map(|slot| slot.gfns.pages()).fold(0, u64::saturating_add);
-        write!(f, "{} slots, {}, top at gfn {:#x}", table.len(), Size(pages), table.span().end())?;
+        let bytes = table.slots().map(|slot| slot.gfns.bytes()).fold(0, u64::saturating_add);
+        write!(f, "{} slots, {}, top at gfn {:#x}", table.len(), Size(bytes), table.span().end())?;
         for slot in table.slots() {
-            write!(f, "\nslot {} {}", slot.id, Size(slot.gfns.pages()))?;
+            write!(f, "\nslot {} {}", slot.id, Size(slot.gfns.bytes()))?;
             match slot.file_range() {
                 Some((file, pages)) => write!(f, ", guest_memfd {file} pages {pages}")?,
                 None => write!(f, ", never private")?,
@@ -88,7 +73,7 @@ impl fmt::Display for MemoryMap<'_> {
                     break;
                 }
                 let told = if run.materialised { "" } else { ", not yet told to kvm" };
-                write!(f, "\n  {:<24} {:<8} {}{told}", run.gfns.to_string(), run.state, Size(run.gfns.pages()))?;
+                write!(f, "\n  {:<24} {:<8} {}{told}", run.gfns.to_string(), run.state, Size(run.gfns.bytes()))?;
             }
         }
         Ok(())

@@ -5,8 +5,9 @@
 //! sensible defaults in one call; an expert brings slots of their own ([`SlotSpec`]) and reaches the parts through
 //! [`CvmMemory::converter`].
 //!
-//! It runs no vCPU and handles no exit (that is [`exits`](crate::exits)). Slots are added and removed one by one, as KVM
-//! does it: removing a slot under running vCPUs shows to the guest, and it is up to the caller to keep them out.
+//! It runs no vCPU and handles no exit (that is [`exits`](crate::exits)). Slots can be [added](CvmMemory::add_slots) and
+//! [removed](CvmMemory::remove_slot) under running vCPUs, and memory [edited](CvmMemory::edit) as a whole. Memory that goes
+//! shows to the guest; memory that stays does not, if vCPUs pass the [gate](CvmMemory::gate).
 
 mod access;
 mod builder;
@@ -44,7 +45,7 @@ pub(crate) use access::Part;
 pub use builder::{BuildError, Builder};
 pub use commit::{CommitOptions, Committed};
 pub use edit::{Edit, EditError, NestedEdit};
-pub use inspect::MemoryMap;
+pub use inspect::{MemoryMap, Run};
 
 use frames::Frames;
 pub use slots::{SlotError, SlotSpec};

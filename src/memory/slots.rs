@@ -60,6 +60,10 @@ impl SlotSpec {
     /// The whole pages of memory that begins and ends anywhere, `size` bytes at `gpa`; `None` if it has none. `shared` is
     /// where its first byte lies, and `private` the byte offset of that in a file: both go along with what is cut off.
     ///
+    /// # Errors
+    /// [`AddrError::Unaligned`] if its first whole page begins within a page of the file, of which a slot has whole ones;
+    /// [`AddrError::BeyondTop`] if addresses or offsets wrap.
+    ///
     /// ```
     /// use cvm_memory::backing::{SharedMemory, SharedSlice};
     /// use cvm_memory::layout::SlotFlags;
@@ -67,7 +71,7 @@ impl SlotSpec {
     /// use std::sync::Arc;
     ///
     /// let shared = SharedSlice { backing: Arc::new(SharedMemory::new(0x8000)?), offset: 0x800 };
-    /// let slot = SlotSpec::whole_pages(0x1800, 0x3000, shared, None, SlotFlags::empty()).unwrap();
+    /// let slot = SlotSpec::whole_pages(0x1800, 0x3000, shared, None, SlotFlags::empty())?.unwrap();
     /// assert_eq!((slot.gpa, slot.size, slot.shared.offset), (0x2000, 0x2000, 0x1000));
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
@@ -77,17 +81,18 @@ impl SlotSpec {
         shared: SharedSlice,
         private: Option<(Arc<GuestMemfd>, u64)>,
         flags: SlotFlags,
-    ) -> Option<Self> {
-        let start = gpa.checked_next_multiple_of(PAGE_SIZE)?;
-        let end = gpa.checked_add(size)? >> PAGE_SHIFT << PAGE_SHIFT;
-        let size = end.checked_sub(start).filter(|size| *size != 0)?;
-        let skip = start.checked_sub(gpa)?;
-        let shared = SharedSlice { offset: shared.offset.checked_add(skip)?, ..shared };
+    ) -> Result<Option<Self>, AddrError> {
+        let beyond = |start| AddrError::BeyondTop { start, size };
+        let end = gpa.checked_add(size).ok_or(beyond(gpa))? >> PAGE_SHIFT << PAGE_SHIFT;
+        let Some(start) = gpa.checked_next_multiple_of(PAGE_SIZE).filter(|start| *start < end) else { return Ok(None) };
+        let (skip, size) = (start.saturating_sub(gpa), end.saturating_sub(start));
+        let further = |offset: u64| offset.checked_add(skip).ok_or(beyond(offset));
+        let shared = SharedSlice { offset: further(shared.offset)?, ..shared };
         let private = match private {
-            Some((file, offset)) => Some((file, FilePage::containing(offset.checked_add(skip)?))),
+            Some((file, offset)) => Some((file, FileRange::from_bytes(further(offset)?, size)?.start())),
             None => None,
         };
-        Some(Self { id: None, gpa: start, size, shared, private, flags })
+        Ok(Some(Self { id: None, gpa: start, size, shared, private, flags }))
     }
 
     /// Whether its pages can change state: they have a private side, and the file did not start out shared.
@@ -175,7 +180,7 @@ pub enum SlotError {
     /// Pages of a file were at other frames, and this platform remembers that until they are freed: the guest would fault on
     /// them for ever. Add them by an [edit](CvmMemory::edit) that frees them first
     /// ([`free_rebound`](super::CommitOptions::free_rebound)): of holes that somebody else punches nobody here hears.
-    #[error("slot {slot:#x} has pages {pages:x?} of guest_memfd {file} at {wanted}, which were at {was}")]
+    #[error("slot {slot:#x} has pages {pages} of guest_memfd {file} at gfn {wanted}, which were at gfn {was}")]
     Rebound {
         /// The slot, as KVM numbers it.
         slot: u32,

@@ -25,6 +25,8 @@
 //! - Pages that were added while it was built are the guest's; all others it has to accept. Prefaulting gives them ahead, so
 //!   that accepting needs no exit.
 //!
+//! Not here: quotes (their requests are told apart, and answered by nobody), migration, debugging.
+//!
 //! Nothing here has run on TDX hardware: [`model`] is made from the kernel's sources, [`kvm`] was compiled. On a TDX machine:
 //!
 //! ```text

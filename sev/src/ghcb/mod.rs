@@ -11,7 +11,6 @@ pub mod page;
 pub mod psc;
 
 use cvm_memory::addr::Gfn;
-use cvm_memory::hypervisor::HypercallExit;
 
 /// What a page is to become.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -41,7 +40,7 @@ impl Operation {
     }
 }
 
-/// A `KVM_EXIT_HYPERCALL` for MAP_GPA_RANGE, as userspace sees it.
+/// A `KVM_EXIT_HYPERCALL` for [MAP_GPA_RANGE](cvm_memory::hypervisor::HypercallExit::MAP_GPA_RANGE), as userspace sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct MapGpaRange {
     /// First frame. From untrusted input: any number of 40 bits.
@@ -55,9 +54,6 @@ pub struct MapGpaRange {
 }
 
 impl MapGpaRange {
-    /// `KVM_HC_MAP_GPA_RANGE`.
-    pub const NR: u64 = HypercallExit::MAP_GPA_RANGE;
-
     /// The arguments of the exit: address in bytes, pages, attributes (bits 3:0 page size, bit 4 private).
     pub const fn args(&self) -> [u64; 6] {
         let encrypted = matches!(self.operation, Operation::Private) as u64;

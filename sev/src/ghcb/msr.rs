@@ -1,9 +1,7 @@
-//! The protocol of the GHCB register: one value there, one back. For guests that have no GHCB page yet.
+//! The protocol of the GHCB register (`MSR_AMD64_SEV_ES_GHCB`): one value there, one back. For guests that have no GHCB page
+//! yet.
 
 use super::{MapGpaRange, Operation};
-
-/// `MSR_AMD64_SEV_ES_GHCB`.
-pub const MSR: u32 = 0xc001_0130;
 
 /// The bits that say what a value is about.
 const INFO: u64 = 0xfff;

@@ -15,13 +15,13 @@ pub enum ImportError {
     #[error(transparent)]
     List(#[from] InvalidList),
     /// Frames have been launched before. Nothing has happened.
-    #[error("{gfns:x?} has been launched already")]
+    #[error("gfns {gfns} have been launched already")]
     Again {
         /// The first of them.
         gfns: GfnRange,
     },
     /// Frames could not be brought into the state that they must have. They are as they were.
-    #[error("{gfns:x?} to {to}")]
+    #[error("gfns {gfns} to {to}")]
     Convert {
         /// The frames.
         gfns: GfnRange,
@@ -32,7 +32,7 @@ pub enum ImportError {
         error: ConvertError,
     },
     /// Frames could not be brought into the state that they must have.
-    #[error("{gfns:x?} to {to}: {outcome:?}")]
+    #[error("gfns {gfns} to {to}: {outcome:?}")]
     NotConverted {
         /// The frames.
         gfns: GfnRange,
@@ -79,6 +79,16 @@ pub enum FinishError {
         vcpus: usize,
         /// Save areas.
         vmsas: usize,
+    },
+    /// A save area has other features than the VM was initialised with, and so every vCPU has. Nothing has happened.
+    #[error("the save area of vcpu {vcpu} has features {features:#x}, but the vm has {vm:#x}")]
+    Features {
+        /// The vCPU, by its place in the list.
+        vcpu: usize,
+        /// `SEV_FEATURES` of its save area.
+        features: u64,
+        /// What `KVM_SEV_INIT2` was given, and SNP itself.
+        vm: u64,
     },
     /// The digest is not the expected one. KVM was not asked.
     #[error("the digest is {digest}, not {expected}")]

@@ -30,7 +30,7 @@ use crate::cpuid::CpuidTable;
 use crate::digest::{LaunchDigest, PageType};
 use crate::import::{Import, ImportList};
 use crate::page::Page;
-use crate::vmsa::Vmsa;
+use crate::vmsa::{SNP_ACTIVE, Vmsa};
 
 pub use error::{FinishError, ImportError};
 pub use policy::{InvalidPolicy, Policy};
@@ -43,11 +43,15 @@ const ATTEMPTS: u32 = 4;
 
 /// State of a [`Launch`]: the VM is initialised for SNP; vCPUs may be created.
 #[derive(Debug)]
-pub struct New(());
+pub struct New {
+    /// `SEV_FEATURES` of every vCPU.
+    features: u64,
+}
 
 /// State of a [`Launch`]: the firmware knows the guest.
 #[derive(Debug)]
 pub struct Started {
+    features: u64,
     digest: LaunchDigest,
     launched: Vec<GfnRange>,
     corrected: Vec<Corrected>,
@@ -150,7 +154,7 @@ impl Launch<New> {
     /// What KVM answered; the VM is as it was.
     pub fn init(commands: Arc<dyn SnpCommands>, init: &Init) -> Result<Self, CommandError> {
         commands.init(init)?;
-        Ok(Self { commands, state: New(()) })
+        Ok(Self { commands, state: New { features: init.vmsa_features | SNP_ACTIVE } })
     }
 
     /// Makes the guest known to the firmware.
@@ -161,7 +165,9 @@ impl Launch<New> {
         let StartOptions { policy, gosvw } = *options;
         match self.commands.launch_start(&LaunchStart { policy: policy.bits(), gosvw, flags: 0 }) {
             Ok(()) => {
-                let state = Started { digest: LaunchDigest::INITIAL, launched: Vec::new(), corrected: Vec::new() };
+                let New { features } = self.state;
+                let (digest, launched, corrected) = (LaunchDigest::INITIAL, Vec::new(), Vec::new());
+                let state = Started { features, digest, launched, corrected };
                 Ok(Launch { commands: self.commands, state })
             }
             Err(error) => Err((self, error)),
@@ -290,7 +296,8 @@ impl Launch<Started> {
     }
 
     /// Measures the save areas of all vCPUs and makes the guest ready to run. `vcpus` are all there are, in the order of their
-    /// creation: borrowing them shows that none is in the guest. `vmsas` are the save areas that KVM will make of them.
+    /// creation: borrowing them shows that none is in the guest. `vmsas` are the save areas that KVM will make of them, with the
+    /// features that the VM was [initialised](Launch::init) with.
     ///
     /// # Errors
     /// [`FinishError`]. If it is of KVM's, the VM cannot be used any more: KVM may have measured save areas, and does not do
@@ -303,6 +310,11 @@ impl Launch<Started> {
     ) -> Result<Launched, FinishError> {
         if vcpus.len() != vmsas.len() {
             return Err(FinishError::Vcpus { vcpus: vcpus.len(), vmsas: vmsas.len() });
+        }
+        let vm = self.state.features;
+        let other = vmsas.iter().map(Vmsa::features).enumerate().find(|(_, features)| *features != vm);
+        if let Some((vcpu, features)) = other {
+            return Err(FinishError::Features { vcpu, features, vm });
         }
         let digest = self.digest_with(vmsas);
         let FinishOptions { expected, id_block, vcek_disabled, host_data } = options;

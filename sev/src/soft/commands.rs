@@ -13,7 +13,7 @@ use crate::commands::{
 };
 use crate::digest::PageType;
 use crate::page::{PAGE_BYTES, Page};
-use crate::vmsa::{DEBUG_SWAP, SNP_ACTIVE};
+use crate::vmsa::{DEBUG_SWAP, SNP_ACTIVE, Vmsa};
 
 use super::SoftSnp;
 use super::firmware::Context;
@@ -194,11 +194,12 @@ impl SnpCommands for SoftSnp {
                 return Err(kvm(NAME, Errno::EINVAL));
             }
             let page = guest.registers.get(&index).cloned().unwrap_or_default();
+            let vmsa = Vmsa::from_page(page).with_features(guest.features);
             if context.running {
                 return Err(firmware(NAME, FirmwareStatus::INVALID_GUEST_STATE));
             }
             let pfn = self.machine().lock().save_area(asid).ok_or_else(|| kvm(NAME, Errno::EINVAL))?;
-            context.digest.add_vmsa(&page);
+            context.digest.add_vmsa(vmsa.page());
             (vcpu.save_area, vcpu.kvm_page) = (SaveArea::Kvm, Some(pfn));
         }
         context.finish(finish).map_err(|status| firmware(NAME, status))

@@ -32,7 +32,7 @@ use crate::vmsa::Vmsa;
 
 use state::SnpArch;
 
-pub use guest::{GuestFailed, SnpGuest};
+pub use guest::{ExitCounts, GuestFailed, SnpGuest};
 pub use instructions::{pvalidate, rmpadjust, validated, vmgexit};
 pub use machine::Machine;
 

@@ -212,7 +212,8 @@ fn what_makes_no_sense_says_why() {
     let unknown = SlotId::new(9);
     assert_eq!(draft.slot(unknown).unwrap_err().reason, Reason::UnknownSlot { id: unknown });
     let refused = draft.name("shrink").apply(Operation::Split(gfn(4))).unwrap_err();
-    assert_eq!(refused.to_string(), "operation 0, split (shrink): gfns [0x4, 0x5) are not memory");
+    assert_eq!(refused.to_string(), "operation 0, split (shrink)");
+    assert_eq!(refused.reason.to_string(), "gfns [0x4, 0x5) are not memory");
 }
 
 /// Each page of memory has an address and a file page, and so has its end: else parts of it would come to nothing.

@@ -125,7 +125,8 @@ impl Emulation {
 
     /// Waits until as many entries are assigned as `before`: a VM goes some time after its last descriptor.
     pub fn assigned_falls_to(&self, before: u64) {
-        for _ in 0..200 {
+        // A minute, as vCPUs have: whatever is emulated may be slow.
+        for _ in 0..6000 {
             if self.counter("rmp_assigned") == before {
                 return;
             }

@@ -220,6 +220,31 @@ fn an_overrun_ring() {
     assert_eq!(error, SyncError::Stuck);
 }
 
+/// Room is made in all rings at once. More vCPUs than anybody has patience for may have stood still until then, and each of them
+/// says so.
+#[test]
+fn many_rings_that_are_full_at_once() {
+    let setup = Setup::new(RING, |ram| vec![slot(ram, 3, 0x100, 0, PAGES)]);
+    let vcpus = (0..80).map(|_| {
+        let mut vcpu = setup.soft.create_vcpu();
+        setup.tracker.add_ring(vcpu.dirty_ring(4096).unwrap());
+        vcpu.start(fill(0x100 * PAGE, 200 * PAGE, 1, false));
+        assert!(matches!(vcpu.run(), Ok(Exit::DirtyRingFull)));
+        // So that the next one has to be let at the same pages too.
+        set_region(&setup.soft, &delete(3)).unwrap();
+        set_region(&setup.soft, &region(&slot(setup.ram, 3, 0x100, 0, PAGES))).unwrap();
+        vcpu
+    });
+    let mut vcpus: Vec<SoftVcpu> = vcpus.collect();
+    for _ in &vcpus {
+        setup.tracker.ring_full().unwrap();
+    }
+    for vcpu in &mut vcpus {
+        assert!(matches!(vcpu.run(), Ok(Exit::Halt)));
+    }
+    assert_eq!(setup.tracker.ring_stats().fulls, 80);
+}
+
 /// A log that starts with every page in it, and one that does not.
 #[test]
 fn from_all() {

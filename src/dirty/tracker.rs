@@ -32,8 +32,8 @@ use crate::sync::blocking::{Mutex, MutexGuard};
 use backings::{Backings, Place};
 pub use error::{ClearError, StartError, SyncError};
 
-/// Times in a row that a vCPU may find its ring full and nothing in it.
-const PATIENCE: u32 = 64;
+/// Times in a row that a vCPU may find its ring full and nothing in any, beyond one for each ring.
+const PATIENCE: usize = 64;
 
 /// What becomes of slots that KVM cannot log because they have a guest_memfd.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -115,8 +115,8 @@ struct State {
     rings: DirtyRings,
     /// What kept [`Tracker::edited`] from following the layout.
     lost_track: Option<StartError>,
-    /// Times in a row that nothing was in any ring.
-    empty: u32,
+    /// Times in a row that a vCPU came because its ring was full, and nothing was in any.
+    in_vain: usize,
 }
 
 impl Owners for BTreeMap<SlotId, Tracked> {
@@ -284,8 +284,11 @@ impl Tracker {
     pub fn ring_full(&self) -> Result<SyncReport, SyncError> {
         let mut state = self.state();
         state.rings.note_full();
+        state.in_vain = state.in_vain.saturating_add(1);
         let report = self.drain(&mut state)?;
-        if state.empty > PATIENCE { Err(SyncError::Stuck) } else { Ok(report) }
+        // Of many that are full at once, the first is asked to make room for all. The others come in vain, each once.
+        let patience = PATIENCE.saturating_add(state.rings.len());
+        if state.in_vain > patience { Err(SyncError::Stuck) } else { Ok(report) }
     }
 
     /// Takes what is in the rings, so that they do not fill up. For whoever does that now and then, while vCPUs run: a
@@ -296,8 +299,6 @@ impl Tracker {
     pub fn reap(&self) -> Result<Reaped, SyncError> {
         let mut state = self.state();
         let report = self.drain(&mut state)?;
-        // Nobody waits in vain for a vCPU that does not come: it is none that says so.
-        state.empty = 0;
         let RingStats { fulls, size, .. } = state.rings.stats();
         Ok(Reaped { report, fullest: state.rings.latest(), size, fulls })
     }
@@ -394,9 +395,11 @@ impl Tracker {
 
     /// Rings into bitmaps.
     fn drain(&self, state: &mut State) -> Result<SyncReport, SyncError> {
-        let State { rings, slots, retired, empty, .. } = state;
+        let State { rings, slots, retired, in_vain, .. } = state;
         let harvest = rings.harvest(slots);
-        *empty = if harvest.entries() == 0 { empty.saturating_add(1) } else { 0 };
+        if harvest.entries() != 0 {
+            *in_vain = 0;
+        }
         let harvested = harvest.reset(self.vm.as_ref())?;
         let places: BTreeMap<u64, &Place> = slots.values().map(|tracked| (tracked.owner, &tracked.place)).collect();
         let mut pages = 0_u64;

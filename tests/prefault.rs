@@ -281,3 +281,25 @@ fn what_becomes_shared_meanwhile_is_left_alone() {
     assert_eq!(memory.resident().private_bytes, Some(6 * MIB));
     assert_eq!(allocations(&recorder.take()).len(), 3);
 }
+
+/// A process that may have no more threads: the calling one does it all.
+#[test]
+fn without_threads_to_be_had() {
+    const CHILD: &str = "CVM_PREFAULT_WITHOUT_THREADS";
+    if std::env::var_os(CHILD).is_none() {
+        // Stacks that no thread can be given. The harness runs its test on the main thread then.
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+        child.args(["--exact", "without_threads_to_be_had"]).env("RUST_MIN_STACK", (1_u64 << 46).to_string());
+        let output = child.env(CHILD, "1").output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && text.contains("1 passed"), "{text}");
+        return;
+    }
+    std::thread::Builder::new().spawn(|| {}).unwrap_err();
+    let vm = SoftVm::software_protected();
+    let (_, memory) = memory(vm.clone(), 8 * MIB);
+    let (mut first, mut second) = (vm.create_vcpu(), vm.create_vcpu());
+    let options = PrefaultOptions { piece_pages: 512, ..PrefaultOptions::default() };
+    let done = memory.prefault(&[range(0, 8 * MIB)], &mut [&mut first, &mut second], &options, &mut go_on).unwrap();
+    assert_eq!(done, Prefaulted { bytes: 8 * MIB, left: vec![] });
+}

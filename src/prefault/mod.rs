@@ -112,7 +112,7 @@ pub struct PrefaultError {
 }
 
 /// Allocates and maps the private pages of `ranges` (ascending, disjoint), on the calling thread if there is at most one
-/// vCPU, else with a thread for each. `progress` is called on the calling thread after each piece and may stop the work.
+/// vCPU, else with a thread for each, as far as these are to be had. `progress` is called on the calling thread after each piece and may stop the work.
 ///
 /// # Errors
 /// [`PrefaultError`] with what is left.
@@ -129,25 +129,27 @@ pub fn prefault(
     let mut tally = Tally { total, ..Tally::default() };
     let queue = Queue::new(private.iter().flat_map(|gfns| gfns.chunks(unit)).collect());
 
-    if vcpus.len() <= 1 {
-        let mut vcpu = vcpus.first_mut().map(|vcpu| &mut **vcpu);
-        while let Some(gfns) = queue.next() {
-            // An inner `as_deref_mut` would need a sized vCPU.
-            let result = piece(converter, gfns, vcpu.as_mut().map(|vcpu| &mut **vcpu as &mut dyn Vcpu), options);
-            tally.take(&queue, gfns, result, progress);
-        }
-    } else {
+    if vcpus.len() > 1 {
         thread::scope(|scope| {
             let (sender, reports) = mpsc::channel();
             for vcpu in vcpus.iter_mut() {
                 let (sender, queue) = (sender.clone(), &queue);
-                scope.spawn(move || work(converter, queue, *vcpu, options, &sender));
+                let work = move || work(converter, queue, *vcpu, options, &sender);
+                // A thread that cannot be had is one less.
+                let _joined_by_the_scope = thread::Builder::new().spawn_scoped(scope, work);
             }
             drop(sender);
             for (gfns, result) in reports {
                 tally.take(&queue, gfns, result, progress);
             }
         });
+    }
+    // All of it, unless there were threads.
+    let mut vcpu = vcpus.first_mut().map(|vcpu| &mut **vcpu);
+    while let Some(gfns) = queue.next() {
+        // An inner `as_deref_mut` would need a sized vCPU.
+        let result = piece(converter, gfns, vcpu.as_mut().map(|vcpu| &mut **vcpu as &mut dyn Vcpu), options);
+        tally.take(&queue, gfns, result, progress);
     }
     tally.finish(&queue)
 }

@@ -142,7 +142,7 @@ impl Vm {
     /// The access as the hardware does it: all of an instruction's pieces, each so many bytes into a page, or nothing. The
     /// number is that of the piece that could not be done.
     pub(super) fn access(&self, pieces: &mut [(Gfn, u64, Data<'_>)], requested: bool) -> (usize, Walk) {
-        let generation = self.slots().generation(0);
+        let generation = self.slots().valid_generation(0);
         let mmu = self.mmu();
         let mut targets = Vec::with_capacity(pieces.len());
         for (index, (gfn, _, data)) in pieces.iter().enumerate() {
@@ -170,7 +170,7 @@ impl Vm {
     fn walk<'a>(
         &self,
         mmu: &'a Mmu,
-        generation: u64,
+        generation: Option<u64>,
         gfn: Gfn,
         kind: AccessKind,
         requested: bool,
@@ -180,7 +180,7 @@ impl Vm {
             return Err(match (self.arch().access_is_private(requested, false), self.arch().sticky_mmio()) {
                 (true, true) => Walk::Denied(Denied::Exception),
                 (true, false) => Walk::Fault(Missing::Plain),
-                (false, sticky) if sticky || of == generation => Walk::Mmio,
+                (false, sticky) if sticky || Some(of) == generation => Walk::Mmio,
                 (false, _) => Walk::Fault(Missing::StaleMmio),
             });
         }
@@ -291,5 +291,39 @@ impl Vm {
         let target = Target::Mmio(self.slots().generation(0));
         self.mmu_mut().map(gfn, Spte { target, private: false, writable: false });
         Fault::NoSlot
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::arch::Plain;
+    use super::*;
+    use crate::hypervisor::MemoryRegion;
+
+    /// A fault that found no slot ends while one is being created: what it leaves behind is out of date once the slot is there.
+    #[test]
+    fn a_slot_comes_while_a_fault_finds_none() {
+        let vm = Vm::new(Arc::new(Plain));
+        let gfn = Gfn::ZERO;
+        let touch = || vm.access(&mut [(gfn, 0, Data::Fetch(&mut [0]))], false).1;
+        let section = vm.srcu.enter();
+        assert!(vm.slots().find(0, gfn).is_none());
+        std::thread::scope(|scope| {
+            let create =
+                scope.spawn(|| vm.set_region(&MemoryRegion { memory_size: PAGE_SIZE, ..MemoryRegion::default() }));
+            // It waits for the fault that is under way.
+            while vm.slots().find(0, gfn).is_none() {
+                std::thread::yield_now();
+            }
+            assert!(matches!(vm.no_slot(gfn), Fault::NoSlot));
+            assert!(matches!(touch(), Walk::Fault(Missing::StaleMmio)), "nothing counts during a swap");
+            drop(section);
+            create.join().unwrap().unwrap();
+        });
+        assert!(matches!(touch(), Walk::Fault(Missing::StaleMmio)));
+        // Where there is none, it stays.
+        let other = Gfn::containing(PAGE_SIZE);
+        assert!(matches!(vm.no_slot(other), Fault::NoSlot));
+        assert!(matches!(vm.access(&mut [(other, 0, Data::Fetch(&mut [0]))], false).1, Walk::Mmio));
     }
 }

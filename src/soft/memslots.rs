@@ -4,7 +4,7 @@
 //! pointer to a file leads nowhere once the file is being closed, which is how KVM's is nulled then.
 //! Mirrors `struct kvm_memory_slot` and `struct kvm_memslots` (`include/linux/kvm_host.h`).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Weak};
 
 use super::attributes::Mixed;
@@ -92,6 +92,8 @@ pub(super) struct Memslots {
     by_id: BTreeMap<SlotId, Arc<Slot>>,
     by_gfn: BTreeMap<(u16, Gfn), Arc<Slot>>,
     generations: BTreeMap<u16, u64>,
+    /// Address spaces with a swap that not every vCPU has noticed yet (`KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS`).
+    updating: BTreeSet<u16>,
 }
 
 impl Memslots {
@@ -116,8 +118,9 @@ impl Memslots {
         self.by_id.values()
     }
 
-    /// One swap of the active set: `old` out, `new` in, generation on by the number of address spaces.
-    pub(super) fn swap(&mut self, old: Option<&Slot>, new: Option<&Arc<Slot>>, address_spaces: u64) {
+    /// One swap of the active set: `old` out, `new` in. It is over once [`swapped`](Self::swapped) is told. Returns the address
+    /// space.
+    pub(super) fn swap(&mut self, old: Option<&Slot>, new: Option<&Arc<Slot>>) -> Option<u16> {
         if let Some(old) = old {
             self.by_id.remove(&old.id);
             self.by_gfn.remove(&(old.id.as_id, old.gfns.start()));
@@ -126,13 +129,25 @@ impl Memslots {
             self.by_id.insert(new.id, Arc::clone(new));
             self.by_gfn.insert((new.id.as_id, new.gfns.start()), Arc::clone(new));
         }
-        if let Some(as_id) = old.or(new.map(Arc::as_ref)).map(|slot| slot.id.as_id) {
-            let generation = self.generations.entry(as_id).or_insert(u64::from(as_id));
-            *generation = generation.wrapping_add(address_spaces);
-        }
+        let as_id = old.or(new.map(Arc::as_ref)).map(|slot| slot.id.as_id);
+        self.updating.extend(as_id);
+        as_id
+    }
+
+    /// Every vCPU has noticed the last swap: the generation goes on by the number of address spaces. Not before, or what a fault
+    /// found in the old set would count as found in the new one.
+    pub(super) fn swapped(&mut self, as_id: u16, address_spaces: u64) {
+        self.updating.remove(&as_id);
+        let generation = self.generations.entry(as_id).or_insert(u64::from(as_id));
+        *generation = generation.wrapping_add(address_spaces);
     }
 
     pub(super) fn generation(&self, as_id: u16) -> u64 {
         self.generations.get(&as_id).copied().unwrap_or(u64::from(as_id))
+    }
+
+    /// The generation that what was found before must be of, to count still; none does during a swap.
+    pub(super) fn valid_generation(&self, as_id: u16) -> Option<u64> {
+        (!self.updating.contains(&as_id)).then(|| self.generation(as_id))
     }
 }

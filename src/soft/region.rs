@@ -203,8 +203,11 @@ impl Vm {
 
     /// One swap, and the grace period after which nobody holds what was swapped out.
     fn publish(&self, old: Option<&Slot>, new: Option<&Arc<Slot>>) {
-        self.slots_mut().swap(old, new, u64::from(self.address_spaces()));
+        let as_id = self.slots_mut().swap(old, new);
         self.srcu.synchronize();
+        if let Some(as_id) = as_id {
+            self.slots_mut().swapped(as_id, u64::from(self.address_spaces()));
+        }
     }
 
     /// The slot that follows `old` after a move or a change of flags. Slots with a file are never changed.

@@ -149,6 +149,9 @@ impl Gate {
 
     /// Closes the gate: waits for others who keep it closed, kicks those inside, and waits for them to leave.
     ///
+    /// An edit of the layout keeps its memory locked while it waits for the gate. So who keeps the gate closed and converts, pins,
+    /// reads or writes memory, or adds slots, may have to wait until such an edit has lost its patience.
+    ///
     /// # Errors
     /// [`GateError::KeptClosed`] and [`GateError::NeverLeft`] after `patience` each; [`GateError::Inside`] and
     /// [`GateError::ClosedByMe`] at once.

@@ -21,7 +21,8 @@ pub use signal::SignalKick;
 
 /// Gets a vCPU out of `KVM_RUN`. Called with the gate locked, so an implementation must not use the gate.
 pub trait Kick: fmt::Debug + Send + Sync {
-    /// The calling thread is about to enter: an earlier kick is forgotten. Nothing after this may forget one.
+    /// The calling thread is about to enter: an earlier [`kick`](Self::kick) is forgotten, and nothing else. Nothing after this
+    /// may forget one.
     fn entering(&self);
 
     /// The run in progress, or else the next one, returns `EINTR` at once. The thread that entered is alive.

@@ -1,7 +1,8 @@
 //! The usual way out of `KVM_RUN`: `immediate_exit` and a signal.
 //!
 //! A signal alone may come just before the ioctl and be missed; `immediate_exit` alone is looked at only on the way in.
-//! Together nothing is missed.
+//! Together nothing is missed. KVM asks of the byte only whether it is zero, so the gate has a bit of it to itself and forgets
+//! nothing but that: a VMM that sets it for a reason of its own, before the gate is entered, is not overruled.
 #![allow(unsafe_code, reason = "another thread writes a byte of the vCPU's kvm_run and sends a signal")]
 
 use std::sync::atomic::{AtomicPtr, AtomicU8, Ordering};
@@ -12,6 +13,9 @@ use nix::sys::pthread::{Pthread, pthread_kill, pthread_self};
 use nix::sys::signal::Signal;
 
 use super::Kick;
+
+/// The gate's bit of `immediate_exit`. VMMs write 1.
+const OURS: u8 = 1 << 1;
 
 /// Kicks a vCPU of `kvm-ioctls`. `KVM_CAP_IMMEDIATE_EXIT` is assumed; every kernel with guest_memfd has it.
 ///
@@ -29,6 +33,9 @@ impl SignalKick {
     /// Kicks `vcpu` with `signal`, for which the VMM has installed a handler (one that does nothing will do) and which it
     /// does not block.
     ///
+    /// A VMM that stops its vCPUs by `immediate_exit` as well goes on doing so: what it writes there stays until it clears
+    /// the byte, which it does between runs, with the gate left.
+    ///
     /// # Safety
     /// `vcpu` must live as long as this value, and nobody else may write its `immediate_exit` meanwhile except atomically.
     pub unsafe fn new(vcpu: &mut VcpuFd, signal: Signal) -> Self {
@@ -36,22 +43,22 @@ impl SignalKick {
         Self { immediate_exit: AtomicPtr::new(immediate_exit), signal, thread: Mutex::new(None) }
     }
 
-    fn set(&self, value: u8) {
+    fn immediate_exit(&self) -> &AtomicU8 {
         let byte = self.immediate_exit.load(Ordering::Relaxed);
         // SAFETY: `new` was promised that the mapping lives, and that this byte is written atomically only; KVM reads it at
         // any time.
-        unsafe { AtomicU8::from_ptr(byte) }.store(value, Ordering::SeqCst);
+        unsafe { AtomicU8::from_ptr(byte) }
     }
 }
 
 impl Kick for SignalKick {
     fn entering(&self) {
         *self.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(pthread_self());
-        self.set(0);
+        self.immediate_exit().fetch_and(!OURS, Ordering::SeqCst);
     }
 
     fn kick(&self) {
-        self.set(1);
+        self.immediate_exit().fetch_or(OURS, Ordering::SeqCst);
         if let Some(thread) = *self.thread.lock().unwrap_or_else(PoisonError::into_inner) {
             // The gate is locked and the thread inside, so it is alive; `immediate_exit` serves if no signal can be sent.
             let _sent = pthread_kill(thread, self.signal);

@@ -60,6 +60,18 @@ fn only_kicks_of_the_gate_are_forgotten() {
     assert_eq!(vcpu.enter(), Err(Errno::EINTR));
 }
 
+/// Whoever entered last need not be there any more. The stack is one that is given back when its thread has ended.
+#[test]
+fn a_thread_that_has_ended_is_no_target() {
+    let Some((mut vcpu, kick)) = vcpu() else { return };
+    thread::scope(|scope| {
+        let entered = thread::Builder::new().stack_size(1 << 30).spawn_scoped(scope, || kick.entering()).unwrap();
+        entered.join().unwrap();
+        kick.kick();
+    });
+    assert_eq!(vcpu.enter(), Err(Errno::EINTR));
+}
+
 /// One that does nothing but loop is got out by nothing else, whether the kick comes before it is in the guest or later.
 #[test]
 fn a_guest_that_never_exits_is_got_out() {

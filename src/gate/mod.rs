@@ -12,6 +12,7 @@
 mod signal;
 
 use std::fmt;
+use std::marker::PhantomData;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -124,11 +125,20 @@ pub struct VcpuPass {
     id: VcpuId,
 }
 
-/// A vCPU in the guest, or about to be. Dropping it is leaving.
+/// A vCPU in the guest, or about to be. Dropping it is leaving. It stays with the thread that has entered, since that is the one
+/// that is kicked:
+///
+/// ```compile_fail,E0277
+/// fn to_another_thread(inside: impl Send) {}
+/// # fn f(pass: &cvm_memory::gate::VcpuPass) {
+/// to_another_thread(pass.enter());
+/// # }
+/// ```
 #[derive(Debug)]
 #[must_use]
 pub struct Inside<'a> {
     pass: &'a VcpuPass,
+    stays: PhantomData<*const ()>,
 }
 
 /// The gate is closed, and nobody is inside. Dropping it opens the gate.
@@ -244,7 +254,7 @@ impl VcpuPass {
             // Under the lock: a kick that comes later is not forgotten.
             member.kick.entering();
         }
-        Ok(Inside { pass: self })
+        Ok(Inside { pass: self, stays: PhantomData })
     }
 }
 
@@ -257,7 +267,7 @@ impl Drop for VcpuPass {
 
 impl Drop for Inside<'_> {
     fn drop(&mut self) {
-        let Inside { pass } = self;
+        let Inside { pass, .. } = self;
         if let Some(member) = pass.gate.lock().members.iter_mut().find(|member| member.id == pass.id) {
             member.inside = None;
         }

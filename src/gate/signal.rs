@@ -5,12 +5,12 @@
 //! nothing but that: a VMM that sets it for a reason of its own, before the gate is entered, is not overruled.
 #![allow(unsafe_code, reason = "another thread writes a byte of the vCPU's kvm_run and sends a signal")]
 
-use std::sync::atomic::{AtomicPtr, AtomicU8, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU8, Ordering};
 
 use kvm_ioctls::VcpuFd;
-use nix::sys::pthread::{Pthread, pthread_kill, pthread_self};
+use nix::libc;
 use nix::sys::signal::Signal;
+use nix::unistd::{getpid, gettid};
 
 use super::Kick;
 
@@ -25,8 +25,8 @@ const OURS: u8 = 1 << 1;
 pub struct SignalKick {
     immediate_exit: AtomicPtr<u8>,
     signal: Signal,
-    /// The thread that entered last.
-    thread: Mutex<Option<Pthread>>,
+    /// The thread that entered last, as the kernel numbers it; zero before one has.
+    thread: AtomicI32,
 }
 
 impl SignalKick {
@@ -40,7 +40,7 @@ impl SignalKick {
     /// `vcpu` must live as long as this value, and nobody else may write its `immediate_exit` meanwhile except atomically.
     pub unsafe fn new(vcpu: &mut VcpuFd, signal: Signal) -> Self {
         let immediate_exit = &raw mut vcpu.get_kvm_run().immediate_exit;
-        Self { immediate_exit: AtomicPtr::new(immediate_exit), signal, thread: Mutex::new(None) }
+        Self { immediate_exit: AtomicPtr::new(immediate_exit), signal, thread: AtomicI32::new(0) }
     }
 
     fn immediate_exit(&self) -> &AtomicU8 {
@@ -53,15 +53,19 @@ impl SignalKick {
 
 impl Kick for SignalKick {
     fn entering(&self) {
-        *self.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(pthread_self());
+        self.thread.store(gettid().as_raw(), Ordering::SeqCst);
         self.immediate_exit().fetch_and(!OURS, Ordering::SeqCst);
     }
 
     fn kick(&self) {
         self.immediate_exit().fetch_or(OURS, Ordering::SeqCst);
-        if let Some(thread) = *self.thread.lock().unwrap_or_else(PoisonError::into_inner) {
-            // The gate is locked and the thread inside, so it is alive; `immediate_exit` serves if no signal can be sent.
-            let _sent = pthread_kill(thread, self.signal);
+        let thread = self.thread.load(Ordering::SeqCst);
+        if thread != 0 {
+            // By its number in the kernel, for which it does not matter if the thread has ended meanwhile: `immediate_exit`
+            // serves if no signal can be sent.
+            // SAFETY: a system call that takes numbers only, and signals a thread of this process or none.
+            let _sent =
+                unsafe { libc::syscall(libc::SYS_tgkill, getpid().as_raw(), thread, self.signal as libc::c_int) };
         }
     }
 }

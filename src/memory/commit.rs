@@ -36,7 +36,7 @@ use super::{CvmMemory, Materialise};
 pub struct CommitOptions {
     /// What the plan avoids first.
     pub prefer: Prefer,
-    /// How long vCPUs may take to leave the guest.
+    /// How long vCPUs may take to leave the guest, and others before to open the gate.
     pub patience: Duration,
     /// Private memory may go for good where the platform destroys it with its slot, or may keep a vCPU's state in it.
     pub lose_private: bool,

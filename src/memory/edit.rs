@@ -97,7 +97,7 @@ pub enum EditError {
     /// A conversion is in the way, a device access that does not end, or this is called from a listener.
     #[error(transparent)]
     Locked(#[from] LockError),
-    /// vCPUs did not leave the guest, or this thread is in it.
+    /// vCPUs did not leave the guest, or somebody keeps the gate closed, or this thread is in the guest or does that.
     #[error(transparent)]
     Gate(#[from] GateError),
     /// A step around the slots failed: an attribute, a listener, memory to be freed first.

@@ -111,6 +111,25 @@ fn a_slot_that_kvm_does_not_log_goes() {
     }
 }
 
+/// The id of a slot that KVM does not log is another's while vCPUs run: what they write there is nobody's at first.
+#[test]
+fn an_id_of_a_slot_that_kvm_does_not_log_is_used_again() {
+    let mut setup = Setup::new(RING, |_| Vec::new());
+    let file = FileId::next();
+    let binding = Some(FileBinding { file, start: FilePage::ZERO });
+    let private = Memslot { flags: SlotFlags::GUEST_MEMFD, binding, ..slot(setup.ram, 4, 0x200, 64, 16) };
+    let before = Layout::from_slots(Limits::default(), [(file, 16)], [private]).unwrap();
+    setup.tracker.start(&before, Unloggable::AlwaysDirty).unwrap();
+    let logged = slot(setup.ram, 4, 0x300, 128, 16);
+    setup.tracker.expect(&layout(&[logged]));
+    set_region(&setup.soft, &region(&logged)).unwrap();
+    setup.write(0x305);
+    setup.tracker.sync(Stage::Running).unwrap();
+    setup.tracker.edited(&layout(&[logged]));
+    let gfns = setup.tracker.take_gfns();
+    assert!(gfns.iter().any(|gfns| gfns.contains(gfn(0x305))), "{gfns:?}");
+}
+
 /// While slots cannot be followed, some may come, be written, and go: once they can, all memory is dirty, theirs too.
 #[test]
 fn memory_that_went_while_slots_could_not_be_followed() {

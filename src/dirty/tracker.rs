@@ -357,6 +357,10 @@ impl Tracker {
             let tracked = if before.get(&slot.id).is_some_and(|known| known.is(&slot, logged)) {
                 before.remove(&slot.id).map(|known| Tracked { slot, place, ..known })
             } else {
+                if before.get(&slot.id).is_some_and(|known| !known.logged) {
+                    // It had an id that was known as another's when it came, so what was written first may be in no name.
+                    place.set_all();
+                }
                 Some(self.begin(state, slot, place, log))
             };
             next.extend(tracked.map(|tracked| (slot.id, tracked)));

@@ -17,10 +17,12 @@ use super::Kick;
 /// The gate's bit of `immediate_exit`. VMMs write 1.
 const OURS: u8 = 1 << 1;
 
+thread_local! {
+    /// This thread, as the kernel numbers it: asked once, and not each time that a vCPU runs.
+    static ME: i32 = gettid().as_raw();
+}
+
 /// Kicks a vCPU of `kvm-ioctls`. `KVM_CAP_IMMEDIATE_EXIT` is assumed; every kernel with guest_memfd has it.
-///
-/// Entering the gate clears `immediate_exit`, whoever has set it. So a VMM that uses it for more, to pause a vCPU perhaps, sets a
-/// flag of its own before, and looks at that flag between [entering](super::VcpuPass::enter) and `KVM_RUN`.
 #[derive(Debug)]
 pub struct SignalKick {
     immediate_exit: AtomicPtr<u8>,
@@ -53,7 +55,7 @@ impl SignalKick {
 
 impl Kick for SignalKick {
     fn entering(&self) {
-        self.thread.store(gettid().as_raw(), Ordering::SeqCst);
+        self.thread.store(ME.with(|me| *me), Ordering::SeqCst);
         self.immediate_exit().fetch_and(!OURS, Ordering::SeqCst);
     }
 

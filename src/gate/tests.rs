@@ -140,16 +140,3 @@ fn a_vcpu_that_has_gone_holds_nobody_up() {
     drop(gate.close(EVER).unwrap());
     assert_eq!(guest.kicks.load(Ordering::SeqCst), 1, "nobody was inside to be kicked");
 }
-
-/// Who waits for another one to open it may have what that one waits for.
-#[test]
-fn another_one_who_keeps_it_closed_is_not_waited_for_for_ever() {
-    let gate = Gate::default();
-    let closed = gate.close(EVER).unwrap();
-    let patience = Duration::from_millis(1);
-    let error = thread::scope(|scope| scope.spawn(|| gate.close(patience).unwrap_err()).join().unwrap());
-    assert_eq!(error, GateError::KeptClosed { patience });
-    assert_eq!(gate.closures(), 1);
-    drop(closed);
-    drop(gate.close(patience).unwrap());
-}

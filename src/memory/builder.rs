@@ -20,7 +20,7 @@ use crate::sync::blocking::Mutex;
 use super::slots::{SlotError, SlotSpec};
 use super::{CvmMemory, Materialise};
 
-/// Why a VM's memory could not be made. Nothing of it is left.
+/// Why a VM's memory could not be made. Nothing of it is left, but that `KVM_CAP_EXIT_HYPERCALL` may be enabled.
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
     /// The VM lacks a capability.
@@ -213,6 +213,10 @@ impl Builder {
     }
 
     /// Makes the memory: probes the VM, creates the files and mappings, adds the slots.
+    ///
+    /// No page of `vm` may have the private attribute yet. It cannot be asked for, and one left over makes the guest use
+    /// private memory where the record says shared. A VM whose [`CvmMemory`] was dropped still has the attributes that it
+    /// had: it is to go too.
     ///
     /// # Errors
     /// [`BuildError`].

@@ -212,7 +212,7 @@ impl CvmMemory {
         Some(State::from_private(self.converter.declared().contains(gfn)))
     }
 
-    /// Converts pages. See [`Converter::convert`].
+    /// Converts pages. See [`Converter::convert`]. `Ok` is not success: the [`Outcome`] says.
     ///
     /// # Errors
     /// [`ConvertError`]: refused before any effect.
@@ -368,6 +368,8 @@ impl Drop for CvmMemory {
     /// Slots first, last one first; files and mappings follow with the fields, and the VM last. A slot whose file has
     /// gone would leave its guest without memory, and one whose mapping has gone would let the guest at whatever comes
     /// to lie there.
+    ///
+    /// The attributes of pages stay as they are: they go with the VM.
     fn drop(&mut self) {
         self.remove_all_slots();
     }

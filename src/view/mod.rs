@@ -29,7 +29,7 @@ use crate::memory::{CvmMemory, Part};
 ///
 /// ```
 /// use cvm_memory::addr::GfnRange;
-/// use cvm_memory::convert::{Request, State};
+/// use cvm_memory::convert::{Outcome, Request, State};
 /// use cvm_memory::memory::CvmMemory;
 /// use cvm_memory::soft::SoftVm;
 /// use cvm_memory::view::SharedView;
@@ -37,7 +37,8 @@ use crate::memory::{CvmMemory, Part};
 /// use vm_memory::{Bytes, GuestAddress};
 ///
 /// let memory = CvmMemory::builder().ram(0, 64 << 20).build(Arc::new(SoftVm::software_protected()))?;
-/// memory.convert(&Request { range: GfnRange::from_bytes(0x20_0000, 0x1000)?, to: State::Shared })?;
+/// let outcome = memory.convert(&Request { range: GfnRange::from_bytes(0x20_0000, 0x1000)?, to: State::Shared })?;
+/// assert!(matches!(outcome, Outcome::Converted { pages: 1 }), "{outcome:?}");
 ///
 /// let view = SharedView::new(Arc::new(memory));
 /// view.write_obj(0x1234_u32, GuestAddress(0x20_0ffc))?;

@@ -14,9 +14,9 @@ use cvm_memory::hypervisor::{Exit, Vcpu as _};
 use cvm_memory::memory::CvmMemory;
 use cvm_memory_sev::commands::{Init, SnpCommands};
 use cvm_memory_sev::ghcb::page::{
-    EXIT_CODE, EXIT_INFO_1, EXIT_INFO_2, EXIT_PSC, SCRATCH, SHARED_BUFFER, VALID_BITMAP, VERSION,
+    EXIT_CODE, EXIT_INFO_1, EXIT_INFO_2, EXIT_PSC, SCRATCH, SHARED_BUFFER, SHARED_BUFFER_BYTES, VALID_BITMAP, VERSION,
 };
-use cvm_memory_sev::ghcb::psc::{Buffer, Cursor, Entry, Header, MAX_ENTRIES, Next};
+use cvm_memory_sev::ghcb::psc::{Buffer, Cursor, Entry, Header, Next, max_entries};
 use cvm_memory_sev::ghcb::{Operation, msr};
 use cvm_memory_sev::import::{Import, ImportList};
 use cvm_memory_sev::kvm::KvmSnp;
@@ -283,10 +283,14 @@ fn buffers_as_the_model_works_them_off() {
     }
     for (nr, (cur_entry, end_entry, answer, entries)) in (0x80..).zip(buffers) {
         let header = Header { cur_entry, end_entry };
-        let words: Vec<u64> = [header.raw()].into_iter().chain(entries.iter().map(|entry| entry.raw())).collect();
+        // What is reserved is not looked at, and stays. Short buffers are somewhere, and not aligned.
+        let first = header.raw() | 0xdead_beef << 32;
+        let words: Vec<u64> = [first].into_iter().chain(entries.iter().map(|entry| entry.raw())).collect();
+        let skip = if entries.len() < 16 { u64::from(nr) * 5 } else { 0 };
+        let buffer = SHARED_BUFFER + skip;
         let mut model = Memory(words.clone());
-        model.0.resize(254, 0);
-        let (mut cursor, mut expected) = (Cursor::new(MAX_ENTRIES), Vec::new());
+        model.0.resize(if skip == 0 { 254 } else { 16 }, 0);
+        let (mut cursor, mut expected) = (Cursor::new(max_entries(SHARED_BUFFER_BYTES - skip)), Vec::new());
         let Ok(mut next) = cursor.next(&mut model);
         let completion = loop {
             match next {
@@ -304,12 +308,12 @@ fn buffers_as_the_model_works_them_off() {
         memory.convert(&Request { range: page, to: State::Shared }).unwrap();
         let put = |offset: u64, value: u64| memory.write(Gpa(PAGE + offset), &value.to_le_bytes()).unwrap();
         for (nr, word) in (0..).zip(&words) {
-            put(SHARED_BUFFER + nr * 8, *word);
+            put(buffer + nr * 8, *word);
         }
         // Version 2 of the protocol; exit code, both infos and the scratch area are valid.
         memory.write(Gpa(PAGE + VERSION), &2_u16.to_le_bytes()).unwrap();
         memory.write(Gpa(PAGE + VALID_BITMAP + 14), &[0x3c]).unwrap();
-        for (offset, value) in [(EXIT_CODE, EXIT_PSC), (SCRATCH, PAGE + SHARED_BUFFER)] {
+        for (offset, value) in [(EXIT_CODE, EXIT_PSC), (SCRATCH, PAGE + buffer)] {
             put(offset, value);
         }
         let mut seen = Vec::new();
@@ -330,7 +334,7 @@ fn buffers_as_the_model_works_them_off() {
         };
         assert_eq!(seen, expected, "exits of {header:?} {entries:?}");
         assert_eq!([word(EXIT_INFO_1), word(EXIT_INFO_2)], [0, completion], "{header:?} {entries:?}");
-        let after: Vec<u64> = (0..254).map(|nr| word(SHARED_BUFFER + nr * 8)).collect();
+        let after: Vec<u64> = (0..).map(|nr| word(buffer + nr * 8)).take(model.0.len()).collect();
         assert_eq!(after, model.0, "{header:?} {entries:?}");
     }
 }

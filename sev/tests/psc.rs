@@ -230,17 +230,21 @@ fn bad_pages_are_refused_with_the_reason() {
     guest.write_shared(GHCB + USAGE, &1_u32.to_le_bytes()).unwrap();
     assert_eq!(refused(guest, EXIT_PSC), [2, 2], "invalid usage");
     guest.write_shared(GHCB + USAGE, &[0; 4]).unwrap();
-    // The scratch area before, behind and across the end of the shared buffer; and not said to be valid.
+    // The scratch area before, behind and across the end of the shared buffer; anywhere in it; and not said to be valid.
+    let done = Memory::new(Header { cur_entry: 0, end_entry: 0 }, &[Entry { cur_page: 1, ..shared(9, false) }]).0;
+    let done: Vec<u8> = done.into_iter().flat_map(u64::to_le_bytes).collect();
     for (scratch, expected) in [
         (GHCB + 0x7f8, [2, 3]),
         (GHCB + 0xff0, [2, 3]),
         (0, [2, 3]),
         (u64::MAX, [2, 3]),
         (GHCB + 0xfe8, [0, 0x1_0000_0001]),
+        (GHCB + 0x905, [0, 0]),
     ] {
         guest.request(GHCB, 0x8000_0042, 0, 0).unwrap();
         let header = Header { cur_entry: 0, end_entry: 0 };
         guest.write_shared(GHCB + 0xfe8, &header.raw().to_le_bytes()).unwrap();
+        guest.write_shared(GHCB + 0x905, &done).unwrap();
         for (offset, value) in [(0x390, EXIT_PSC), (SCRATCH, scratch)] {
             guest.write_shared(GHCB + offset, &value.to_le_bytes()).unwrap();
         }

@@ -58,6 +58,11 @@ impl Header {
     }
 }
 
+/// A header's bytes with another `cur_entry`. What is reserved stays.
+const fn at_entry(raw: u64, cur_entry: u16) -> u64 {
+    raw & !(u16::MAX as u64) | cur_entry as u64
+}
+
 impl Entry {
     /// A whole page, for a guest to ask for.
     pub const fn new(gfn: u64, operation: Operation, large: bool) -> Self {
@@ -161,8 +166,8 @@ impl Cursor {
     /// The buffer's.
     pub fn next<B: Buffer>(&mut self, buffer: &mut B) -> Result<Next, B::Error> {
         loop {
-            let mut header = Header::from_raw(buffer.read(0)?);
-            let (start, end) = (header.cur_entry, header.end_entry);
+            let raw = buffer.read(0)?;
+            let Header { cur_entry: start, end_entry: end } = Header::from_raw(raw);
             if end >= self.max {
                 return Ok(Next::Finished(Completion::InvalidHeader));
             }
@@ -176,8 +181,7 @@ impl Cursor {
                     found = Some((nr, entry));
                     break;
                 }
-                header.cur_entry = nr.saturating_add(1);
-                buffer.write(0, header.raw())?;
+                buffer.write(0, at_entry(raw, nr.saturating_add(1)))?;
             }
             let Some((first, entry)) = found else { return Ok(Next::Finished(Completion::Done)) };
             let (count, pages) = self.gather(buffer, first, end, entry)?;
@@ -230,8 +234,8 @@ impl Cursor {
             let raw = buffer.read(at(nr))?;
             buffer.write(at(nr), raw & !0xfff | u64::from(Entry::from_raw(raw).pages()))?;
         }
-        let header = Header { cur_entry: end, ..Header::from_raw(buffer.read(0)?) };
         self.in_flight = (end, 0);
-        buffer.write(0, header.raw())
+        let raw = buffer.read(0)?;
+        buffer.write(0, at_entry(raw, end))
     }
 }

@@ -148,7 +148,7 @@ fn by_page(arch: &SnpArch, view: &dyn GuestView, instruction: &Instruction, ghcb
     match code {
         EXIT_PSC => {
             let Some(scratch) = field(SCRATCH)? else { return refuse(InputError::MissingInput) };
-            let Some(bytes) = scratch_bytes(ghcb, scratch).filter(|_| scratch.is_multiple_of(8)) else {
+            let Some(bytes) = scratch_bytes(ghcb, scratch) else {
                 return refuse(InputError::InvalidScratch);
             };
             if stale {

@@ -17,7 +17,7 @@ use cvm_memory::soft::SoftVm;
 fn conversions(criterion: &mut Criterion) {
     let memory = CvmMemory::builder().ram(0, 1 << 30).build(Arc::new(SoftVm::software_protected())).expect("memory");
     let range = |size| GfnRange::from_bytes(0x20_0000, size).expect("a range");
-    let convert = |size, to| memory.convert(&Request { range: range(size), to }).expect("admitted");
+    let convert = |size, to| memory.convert(&Request { range: range(size), to }).expect("admitted").converted();
 
     criterion.bench_function("no-op, 2 MiB", |bench| bench.iter(|| convert(2 << 20, State::Private)));
     for (name, size) in [("4 KiB", 4096), ("2 MiB", 2 << 20)] {
@@ -28,7 +28,7 @@ fn conversions(criterion: &mut Criterion) {
                 convert(size, to)
             });
         });
-        convert(size, State::Private);
+        convert(size, State::Private).expect("converted");
     }
     let mut reader = memory.reader();
     let mut gfn = 0;

@@ -274,15 +274,15 @@ fn large_pages_are_freed_whole() {
 #[test]
 fn lazy_pages_cost_no_attribute() {
     let world = World::new(&Config { tagged: true, lazy: true, listeners: 0, ..Config::default() });
-    world.memory.converter().materialise_around(gfn(0)).unwrap();
+    world.memory.converter().materialise_around(gfn(0)).unwrap().converted().unwrap();
     assert_eq!(world.take(), [Did::Attributes(0..512, Private)]);
-    world.memory.converter().materialise_around(gfn(511)).unwrap();
+    world.memory.converter().materialise_around(gfn(511)).unwrap().converted().unwrap();
     assert_eq!(world.take(), []);
     world.converted(500, 600, Shared);
     assert_eq!(world.take(), [Did::Attributes(500..512, Shared), Did::Punch(500..600)]);
     world.converted(590, 600, Private);
     assert_eq!(world.take(), [Did::Attributes(590..600, Private), Did::DiscardShared(0, 590..600)]);
-    world.memory.converter().materialise_around(gfn(700)).unwrap();
+    world.memory.converter().materialise_around(gfn(700)).unwrap().converted().unwrap();
     assert_eq!(world.take(), [Did::Attributes(600..1024, Private)]);
     world.check(true);
 }

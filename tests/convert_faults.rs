@@ -43,7 +43,7 @@ fn prepare(config: &Config, to: State) -> World {
     let world = World::new(config);
     if config.lazy {
         // The first slots are in use; most of the last has never been.
-        world.memory.converter().materialise(gfns(0, 28)).unwrap();
+        world.memory.converter().materialise(gfns(0, 28)).unwrap().converted().unwrap();
     }
     for (start, end, to) in [(4, 6, Shared), (10, 14, Shared), (24, 27, Shared), (12, 13, Private), (25, 26, Private)] {
         world.converted(start, end, to);

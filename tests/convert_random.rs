@@ -186,7 +186,7 @@ fn step(world: &World, model: &mut Model, op: &Op) {
         Op::Fill { start, len, byte } => {
             world.arm(&[]);
             let pages: Vec<u64> = model.existing().filter(|gfn| (*start..start + len).contains(gfn)).collect();
-            world.memory.converter().materialise(gfns(*start, start + len)).unwrap();
+            world.memory.converter().materialise(gfns(*start, start + len)).unwrap().converted().unwrap();
             world.guest_fill(pages.iter().copied(), |_| *byte);
             for gfn in pages {
                 let page = model.page(gfn);
@@ -235,7 +235,7 @@ fn history(config: &Config, ops: &[Op]) {
         let held: u64 = SLOTS.iter().map(|slot| slot.1).sum::<u64>() * 4096;
         assert!(resident.private_bytes.unwrap() + resident.shared_bytes.unwrap() <= held, "{resident:?}");
     }
-    world.memory.converter().materialise(gfns(0, END)).unwrap();
+    world.memory.converter().materialise(gfns(0, END)).unwrap().converted().unwrap();
     agree(&world, &model);
 }
 

@@ -123,10 +123,10 @@ fn conversions_beside_device_accesses() {
         }
         for _ in 0..500 {
             for to in [State::Shared, State::Private] {
-                memory.convert(&Request { range: range(0, 8), to }).unwrap();
+                memory.convert(&Request { range: range(0, 8), to }).unwrap().converted().unwrap();
             }
         }
-        memory.convert(&Request { range: range(0, 8), to: State::Shared }).unwrap();
+        memory.convert(&Request { range: range(0, 8), to: State::Shared }).unwrap().converted().unwrap();
         done.store(true, Ordering::Relaxed);
     });
 }
@@ -134,7 +134,7 @@ fn conversions_beside_device_accesses() {
 #[test]
 fn a_pinned_page_stays_shared() {
     let (vm, memory) = memory(PinPolicy::Refuse);
-    memory.convert(&Request { range: range(0, 8), to: State::Shared }).unwrap();
+    memory.convert(&Request { range: range(0, 8), to: State::Shared }).unwrap().converted().unwrap();
     let pin = memory.pin(range(3, 4)).unwrap();
     let counters = vm.counters();
     let refused = memory.convert(&Request { range: range(0, 8), to: State::Private }).unwrap_err();
@@ -158,7 +158,7 @@ fn a_pinned_page_stays_shared() {
     assert!(matches!(memory.pin(range(3, 4)), Err(PinError::NotShared { .. })));
     // A thread does not wait for its own pin, however patient it is.
     let (_, memory) = self::memory(PinPolicy::Wait(Duration::MAX));
-    memory.convert(&Request { range: range(0, 8), to: State::Shared }).unwrap();
+    memory.convert(&Request { range: range(0, 8), to: State::Shared }).unwrap().converted().unwrap();
     let _pin = memory.pin(page(0)).unwrap();
     let refused = memory.convert(&Request { range: page(0), to: State::Private }).unwrap_err();
     assert!(matches!(refused, ConvertError::Locked(LockError::Pinned { .. })));
@@ -253,7 +253,7 @@ fn a_listener_that_meddles_is_refused_and_nothing_hangs() {
 #[test]
 fn a_stale_handle_takes_nobody_out() {
     let (_, memory) = memory(PinPolicy::Refuse);
-    memory.convert(&Request { range: page(0), to: State::Shared }).unwrap();
+    memory.convert(&Request { range: page(0), to: State::Shared }).unwrap().converted().unwrap();
     let first = memory.add_listener(&listener(&Arc::new(Counting::default()))).unwrap();
     memory.remove_listener(first).unwrap();
     let second = Arc::new(Counting::default());
@@ -275,7 +275,11 @@ fn listeners_that_come_and_go_miss_nothing() {
                 while !done.load(Ordering::Relaxed) {
                     n = (n * 37 + 11) % 1000;
                     let range = range(n, n + 1 + n % 24);
-                    memory.convert(&Request { range, to: State::from_private(n % 2 == 0) }).unwrap();
+                    memory
+                        .convert(&Request { range, to: State::from_private(n % 2 == 0) })
+                        .unwrap()
+                        .converted()
+                        .unwrap();
                 }
             });
         }

@@ -51,7 +51,7 @@ fn stress<G: Guest + Send>(memory: &Arc<CvmMemory>, guests: [(G, Arc<dyn Kick>);
     if mixed {
         // Odd pages are shared.
         for page in (1..ALL).step_by(2) {
-            memory.convert(&Request { range: gfns(page, page + 1), to: State::Shared }).unwrap();
+            memory.convert(&Request { range: gfns(page, page + 1), to: State::Shared }).unwrap().converted().unwrap();
         }
     }
     let (mut calls, mut stops, mut naive, mut refused, mut seen) = (0, 0, 0, 0_u64, [0; 2]);

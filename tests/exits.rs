@@ -366,7 +366,7 @@ fn a_broken_page_is_not_a_request() {
     // Punching the page is what mends it.
     let page = GfnRange::from_bytes(0x5000, 0x1000).unwrap();
     for to in [State::Shared, State::Private] {
-        machine.memory.convert(&Request { range: page, to }).unwrap();
+        machine.memory.convert(&Request { range: page, to }).unwrap().converted().unwrap();
     }
     let (result, _) = machine.run(GuestOp::Read { gpa: 0x5000, len: 8, private: true });
     assert_eq!(result, Some(OpResult::Read(vec![0; 8])));

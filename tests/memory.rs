@@ -177,7 +177,7 @@ fn c13_the_record_survives_its_slot() {
             .build(Arc::new(vm.clone()))
             .unwrap();
         let shared = GfnRange::from_bytes(MIB, MIB).unwrap();
-        memory.convert(&Request { range: shared, to: State::Shared }).unwrap();
+        memory.convert(&Request { range: shared, to: State::Shared }).unwrap().converted().unwrap();
         let attributes = vm.private_gfns();
 
         memory.remove_slot(SlotId::from_raw(0)).unwrap();
@@ -264,7 +264,7 @@ fn the_host_reaches_shared_memory_and_nothing_else() {
         assert!(back == bytes);
     }
     let private = GfnRange::from_bytes(MIB, PAGE_SIZE).unwrap();
-    memory.convert(&Request { range: private, to: State::Private }).unwrap();
+    memory.convert(&Request { range: private, to: State::Private }).unwrap().converted().unwrap();
     let mut four = [9; 4];
     for gpa in [MIB, MIB - 1, MIB + PAGE_SIZE - 1, 3 * MIB - 1, 3 * MIB, 1 << 40] {
         let error = memory.read(Gpa(gpa), &mut four).unwrap_err();
@@ -288,7 +288,7 @@ fn readers_see_new_slots_and_new_states() {
     assert!(reader.lookup(gfn(512)).is_none());
     let other = Arc::new(vm.create_guest_memfd(MIB, 0).unwrap());
     memory.add_slots(vec![slot(&other, 2 * MIB, MIB, 0)]).unwrap();
-    memory.convert(&Request { range: GfnRange::page(gfn(513)), to: State::Shared }).unwrap();
+    memory.convert(&Request { range: GfnRange::page(gfn(513)), to: State::Shared }).unwrap().converted().unwrap();
     let page = reader.lookup(gfn(513)).unwrap();
     assert_eq!((page.state, page.slot.raw(), page.file), (State::Shared, 1, Some((other.id(), PAGE_SIZE))));
     assert_eq!(page.hva, memory.space().hva(gfn(513)).unwrap());
@@ -299,7 +299,7 @@ fn the_map_shows_what_a_person_would_ask() {
     let memory =
         CvmMemory::builder().ram(0, 4 * MIB).plain_ram(1 << 30, MIB).build(Arc::new(SoftVm::tagged())).unwrap();
     let shared = GfnRange::from_bytes(MIB, MIB).unwrap();
-    memory.convert(&Request { range: shared, to: State::Shared }).unwrap();
+    memory.convert(&Request { range: shared, to: State::Shared }).unwrap().converted().unwrap();
     let file = memory.space().files().next().unwrap().id();
     let map = memory.map().to_string();
     let lines: Vec<&str> = map.lines().map(str::trim_end).collect();

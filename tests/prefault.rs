@@ -46,7 +46,7 @@ fn only_what_is_declared_private_is_touched() {
     for vm in [SoftVm::software_protected(), SoftVm::tagged()] {
         let (recorder, memory) = memory(vm.clone(), 16 * MIB);
         let shared = range(2 * MIB, 3 * MIB);
-        memory.convert(&Request { range: shared, to: State::Shared }).unwrap();
+        memory.convert(&Request { range: shared, to: State::Shared }).unwrap().converted().unwrap();
         recorder.take();
         let before = vm.counters();
 
@@ -272,7 +272,11 @@ fn what_becomes_shared_meanwhile_is_left_alone() {
     let done = memory
         .prefault(&[range(0, 8 * MIB)], &mut [], &options, &mut |_| {
             if calls.fetch_add(1, Ordering::Relaxed) == 0 {
-                memory.convert(&Request { range: range(4 * MIB, 2 * MIB), to: State::Shared }).unwrap();
+                memory
+                    .convert(&Request { range: range(4 * MIB, 2 * MIB), to: State::Shared })
+                    .unwrap()
+                    .converted()
+                    .unwrap();
             }
             ControlFlow::Continue(())
         })

@@ -35,7 +35,7 @@ fn pages(start: u64, end: u64) -> GfnRange {
 fn view(shared: GfnRange) -> SharedView {
     let memory = CvmMemory::builder().ram(0, 4 * MIB).pins(PinPolicy::Refuse);
     let memory = memory.build(Arc::new(SoftVm::software_protected())).unwrap();
-    convert(&memory, shared, State::Shared).unwrap();
+    convert(&memory, shared, State::Shared).unwrap().converted().unwrap();
     SharedView::new(Arc::new(memory))
 }
 
@@ -115,7 +115,7 @@ fn a_virtio_queue() {
     assert_eq!(view.read_obj::<u32>(GuestAddress(20 * PAGE - 4)).unwrap(), 0, "nothing of it was written");
 
     // Once the guest takes the pages of the ring back, the queue is of no use.
-    convert(view.memory(), pages(17, 18), State::Private).unwrap();
+    convert(view.memory(), pages(17, 18), State::Private).unwrap().converted().unwrap();
     assert!(!queue.is_valid(&view));
     assert!(queue.pop_descriptor_chain(&view).is_none());
 }
@@ -139,7 +139,7 @@ fn a_slice_is_a_pin() {
     assert!(!refused(pages(2, 4)));
 
     // An iterator holds them from the beginning, whatever has been taken out of it.
-    convert(view.memory(), pages(2, 4), State::Shared).unwrap();
+    convert(view.memory(), pages(2, 4), State::Shared).unwrap().converted().unwrap();
     let some = view.get_slices(GuestAddress(2 * PAGE), 8, Permissions::Write).unwrap();
     assert!(refused(pages(2, 3)));
     drop(some);
@@ -179,7 +179,7 @@ fn read_only_memory() {
 fn conversions_wait_for_devices() {
     let memory = CvmMemory::builder().plain_ram(0, MIB).ram(MIB, MIB);
     let memory = memory.build(Arc::new(SoftVm::software_protected())).unwrap();
-    convert(&memory, pages(256, 257), State::Shared).unwrap();
+    convert(&memory, pages(256, 257), State::Shared).unwrap().converted().unwrap();
     let view = SharedView::new(Arc::new(memory));
     let mut slices = view.get_slices(GuestAddress(MIB), 16, Permissions::Write).unwrap();
     let slice = slices.next().unwrap().unwrap();

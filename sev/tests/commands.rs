@@ -93,8 +93,8 @@ fn sequence(mut new: impl FnMut() -> Vm) -> Vec<String> {
     log.note("start again", commands.launch_start(&start(POLICY, 0)));
 
     // LAUNCH_UPDATE. Pages 8 to 11 are private but for page 10.
-    memory.converter().materialise(range(0x8000, 0x4000)).unwrap();
-    memory.convert(&Request { range: range(0xa000, 0x1000), to: State::Shared }).unwrap();
+    memory.converter().materialise(range(0x8000, 0x4000)).unwrap().converted().unwrap();
+    memory.convert(&Request { range: range(0xa000, 0x1000), to: State::Shared }).unwrap().converted().unwrap();
     for bad in [
         at(8, 0, 1, 0),
         at(8, 0x800, 1, 0),
@@ -114,10 +114,10 @@ fn sequence(mut new: impl FnMut() -> Vm) -> Vec<String> {
     log.update(commands, "two of four", at(8, 0x4000, 1, 0), source());
     log.update(commands, "launched", at(8, 0x1000, 1, 0), source());
     log.update(commands, "zeroes", at(11, 0x1000, 3, 0), Source::None);
-    memory.converter().materialise(range(0x3f_e000, 0x2000)).unwrap();
+    memory.converter().materialise(range(0x3f_e000, 0x2000)).unwrap().converted().unwrap();
     log.update(commands, "beyond the end of the slot", at(0x3fe, 0x4000, 4, 0), source());
 
-    memory.converter().materialise(range(0x1_0000, 0x8000)).unwrap();
+    memory.converter().materialise(range(0x1_0000, 0x8000)).unwrap().converted().unwrap();
     log.update(commands, "secrets", at(0x10, 0x1000, 5, 0), source());
     let mut table = Page::ZERO;
     (table[0], table[16 + 40]) = (1, 0xee);

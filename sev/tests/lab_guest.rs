@@ -305,7 +305,7 @@ fn buffers_as_the_model_works_them_off() {
         let register = msr::register_request(PAGE >> 12);
         let Some((memory, mut vcpu, _)) = launched(&emulation, &ask_by_page(), register, 0, nr) else { return };
         let page = GfnRange::from_bytes(PAGE, 0x1000).unwrap();
-        memory.convert(&Request { range: page, to: State::Shared }).unwrap();
+        memory.convert(&Request { range: page, to: State::Shared }).unwrap().converted().unwrap();
         let put = |offset: u64, value: u64| memory.write(Gpa(PAGE + offset), &value.to_le_bytes()).unwrap();
         for (nr, word) in (0..).zip(&words) {
             put(buffer + nr * 8, *word);

@@ -326,13 +326,13 @@ fn the_commands_themselves() {
     // Declared private, but KVM has not been told: not private.
     assert_eq!(update(4, 0x1000, 1, 0), (Err((Errno::EIO, 0)), 4, 0x1000));
     let private = cvm_memory::addr::GfnRange::from_bytes(0x4000, 0x2000).unwrap();
-    machine.memory.converter().materialise(private).unwrap();
+    machine.memory.converter().materialise(private).unwrap().converted().unwrap();
     // The rest of its block is private now too, except what a guest shares.
     let shared = cvm_memory::convert::Request {
         range: cvm_memory::addr::GfnRange::from_bytes(0x6000, 0x1000).unwrap(),
         to: cvm_memory::convert::State::Shared,
     };
-    machine.memory.convert(&shared).unwrap();
+    machine.memory.convert(&shared).unwrap().converted().unwrap();
     assert_eq!(update(4, 0x4000, 1, 0), (Ok(()), 6, 0x2000), "two of four");
     assert_eq!(update(6, 0x1000, 1, 0).0, Err((Errno::EIO, 0)));
     assert_eq!(update(4, 0x1000, 1, 0).0, Err((Errno::EIO, 0)), "launched already");
@@ -341,7 +341,13 @@ fn the_commands_themselves() {
     set_registers(&machine.vcpus[0], &vmsas(1)[0]).unwrap();
     commands.launch_finish(&LaunchFinish::default()).unwrap();
     assert_eq!(errno(commands.launch_finish(&LaunchFinish::default())), Err((Errno::EINVAL, 0)));
-    machine.memory.converter().materialise(cvm_memory::addr::GfnRange::from_bytes(0x8000, 0x1000).unwrap()).unwrap();
+    machine
+        .memory
+        .converter()
+        .materialise(cvm_memory::addr::GfnRange::from_bytes(0x8000, 0x1000).unwrap())
+        .unwrap()
+        .converted()
+        .unwrap();
     assert_eq!(update(8, 0x1000, 1, 0).0, Err((Errno::EIO, FirmwareStatus::INVALID_GUEST_STATE.0)));
     drop((launch, machine));
     emulation.assigned_falls_to(before);

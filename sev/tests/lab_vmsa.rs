@@ -34,7 +34,7 @@ fn guests(emulation: &Emulation, policy: DiscardPolicy, gosvw: u8) -> Option<Lab
     let mut lab = launched(emulation, builder, 2, gosvw)?;
     // Even pages are private, as far as there always are any; and so is the save area.
     for page in (0..USED).step_by(2).chain([VMSA / PAGE]) {
-        lab.memory.convert(&Request { range: gfns(page, page + 1), to: State::Private }).unwrap();
+        lab.memory.convert(&Request { range: gfns(page, page + 1), to: State::Private }).unwrap().converted().unwrap();
     }
     lab.start_second(VMSA);
     runs(&mut lab);
@@ -117,7 +117,7 @@ fn attributes_do_not_take_it_but_freeing_does() {
     let Some(emulation) = Emulation::here() else { return };
     let Some(mut lab) = guests(&emulation, DiscardPolicy::Never, 0x83) else { return };
     for to in [State::Shared, State::Private] {
-        lab.memory.convert(&Request { range: gfns(USED - 1, USED), to }).unwrap();
+        lab.memory.convert(&Request { range: gfns(USED - 1, USED), to }).unwrap().converted().unwrap();
         runs(&mut lab);
     }
     let (file, offset) = lab.memory.reader().lookup(Gfn::containing(VMSA)).unwrap().file.unwrap();
@@ -133,9 +133,9 @@ fn attributes_do_not_take_it_but_freeing_does() {
 fn a_conversion_that_frees_takes_it() {
     let Some(emulation) = Emulation::here() else { return };
     let Some(mut lab) = guests(&emulation, DiscardPolicy::Immediate, 0x84) else { return };
-    lab.memory.convert(&Request { range: gfns(USED - 1, USED), to: State::Shared }).unwrap();
+    lab.memory.convert(&Request { range: gfns(USED - 1, USED), to: State::Shared }).unwrap().converted().unwrap();
     is_lost(&mut lab);
-    lab.memory.convert(&Request { range: gfns(USED - 1, USED), to: State::Private }).unwrap();
+    lab.memory.convert(&Request { range: gfns(USED - 1, USED), to: State::Private }).unwrap().converted().unwrap();
     lab.start_second(VMSA);
     assert_eq!(lab.go_on(1), Ok(OpResult::Read(vec![0])));
     assert_eq!(lab.ask(DESTROY, 0), [0, 0]);

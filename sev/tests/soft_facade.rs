@@ -84,7 +84,7 @@ fn a_page_is_bound_elsewhere_only_once_it_is_freed() {
     guests.vcpus[0].accept(0x8000, 1).unwrap();
     guests.vcpus[0].write(0x8000, b"kept").unwrap();
     // By an edit, and slot by slot.
-    memory.convert(&Request { range: bytes(0x10_0000, MIB), to: State::Shared }).unwrap();
+    memory.convert(&Request { range: bytes(0x10_0000, MIB), to: State::Shared }).unwrap().converted().unwrap();
     let mut edit = memory.edit();
     edit.move_to(0x10_0000, MIB, AWAY).unwrap();
     let refused = edit.clone().commit(&CommitOptions::default());
@@ -123,7 +123,7 @@ fn edits_keep_save_areas() {
     edit.split(0x9000).unwrap();
     assert!(edit.commit(&CommitOptions::default()).unwrap().stopped.is_some());
     // Memory without anything private goes, and every vCPU is out nevertheless.
-    memory.convert(&Request { range: bytes(2 * MIB, 2 * MIB), to: State::Shared }).unwrap();
+    memory.convert(&Request { range: bytes(2 * MIB, 2 * MIB), to: State::Shared }).unwrap().converted().unwrap();
     let mut edit = memory.edit();
     edit.punch_hole(2 * MIB, 2 * MIB).unwrap();
     assert!(edit.commit(&CommitOptions::default()).unwrap().stopped.is_some());
@@ -136,7 +136,7 @@ fn memory_without_a_slot_is_private_to_kvm() {
     let mut guests = launched(ram(), 1);
     let memory = Arc::clone(&guests.memory);
     let upper = bytes(2 * MIB, 2 * MIB);
-    memory.convert(&Request { range: upper, to: State::Shared }).unwrap();
+    memory.convert(&Request { range: upper, to: State::Shared }).unwrap().converted().unwrap();
     let is_sealed =
         |guests: &Guests| guests.snp.vm().private_gfns().iter().any(|gfns| gfns.intersection(&upper) == Some(upper));
     let no_device = |guests: &mut Guests| {
@@ -172,7 +172,7 @@ fn memory_without_a_slot_is_private_to_kvm() {
 fn defaults() {
     let mut guests = launched(ram(), 1);
     guests.vcpus[0].accept(0x8000, 1).unwrap();
-    guests.memory.convert(&Request { range: bytes(0x8000, PAGE), to: State::Shared }).unwrap();
+    guests.memory.convert(&Request { range: bytes(0x8000, PAGE), to: State::Shared }).unwrap().converted().unwrap();
     assert_eq!(guests.snp.rmp_entry(Gfn::containing(0x8000)), None, "freed, and so the host's");
     assert_eq!(guests.memory.statistics().deferred_bytes, 0);
 

@@ -72,7 +72,8 @@ fn only_freeing_unassigns() {
     let builder = ram(4 * MIB).discard(DiscardPolicy::Never);
     let mut guests = launched(builder, 1);
     guests.vcpus[0].accept(0x8000, 1).unwrap();
-    let to = |to| guests.memory.convert(&Request { range: GfnRange::from_bytes(0x8000, PAGE).unwrap(), to }).unwrap();
+    let range = GfnRange::from_bytes(0x8000, PAGE).unwrap();
+    let to = |to| guests.memory.convert(&Request { range, to }).unwrap().converted().unwrap();
     to(State::Shared);
     assert_eq!(state(&guests, 0x8000), PageState::GuestValid);
     to(State::Private);

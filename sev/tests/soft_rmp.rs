@@ -125,7 +125,7 @@ impl Account {
             }
             Op::Convert { page, pages, to } => {
                 let range = frames(page, pages);
-                memory.convert(&Request { range, to }).unwrap();
+                memory.convert(&Request { range, to }).unwrap().converted().unwrap();
                 if to == State::Shared {
                     self.expected.retain(|gfn, _| !range.contains(*gfn));
                 }

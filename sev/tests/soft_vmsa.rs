@@ -113,7 +113,12 @@ fn entered_without_the_slot_it_is_lost_for_good() {
 fn attributes_do_not_take_it_but_freeing_does() {
     let mut guests = guests(DiscardPolicy::Never);
     let to = |guests: &Guests, to| {
-        guests.memory.convert(&Request { range: GfnRange::from_bytes(VMSA, 0x1000).unwrap(), to }).unwrap();
+        guests
+            .memory
+            .convert(&Request { range: GfnRange::from_bytes(VMSA, 0x1000).unwrap(), to })
+            .unwrap()
+            .converted()
+            .unwrap();
     };
     to(&guests, State::Shared);
     runs(&mut guests);
@@ -128,7 +133,7 @@ fn attributes_do_not_take_it_but_freeing_does() {
 fn a_conversion_that_frees_takes_it() {
     let mut guests = guests(DiscardPolicy::Immediate);
     let range = GfnRange::from_bytes(VMSA, 0x1000).unwrap();
-    guests.memory.convert(&Request { range, to: State::Shared }).unwrap();
+    guests.memory.convert(&Request { range, to: State::Shared }).unwrap().converted().unwrap();
     is_lost(&mut guests);
 }
 

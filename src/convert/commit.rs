@@ -114,6 +114,7 @@ pub trait Effects {
 
 /// How a conversion ended.
 #[derive(Debug, Clone)]
+#[must_use = "a conversion that was rolled back is no error"]
 pub enum Outcome {
     /// Every page was in the wanted state. No call was made.
     Unchanged,
@@ -143,6 +144,20 @@ pub enum Outcome {
         /// was not freed has been left to be freed later.
         undo: Option<StepError>,
     },
+}
+
+impl Outcome {
+    /// How many pages changed, for whom anything else is an error.
+    ///
+    /// # Errors
+    /// The cause, if it was rolled back or could not even be.
+    pub fn converted(self) -> Result<u64, StepError> {
+        match self {
+            Self::Unchanged => Ok(0),
+            Self::Converted { pages } => Ok(pages),
+            Self::RolledBack { cause } | Self::Poisoned { cause, .. } => Err(cause),
+        }
+    }
 }
 
 /// Carries out `plan`.

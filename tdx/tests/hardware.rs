@@ -48,7 +48,7 @@ fn a_td_is_built_finalised_and_prefaulted() {
     let mut region = InitMemRegion { source_addr: 0x1000, gpa: 48 << 20, nr_pages: 1 };
     assert_eq!(vcpu.init_mem_region(&mut region, true).unwrap_err().errno, Errno::EINVAL);
     let gfns = GfnRange::from_bytes(16 << 20, 2 << 20).unwrap();
-    memory.converter().materialise(gfns).unwrap();
+    memory.converter().materialise(gfns).unwrap().converted().unwrap();
     let mut range = PreFaultMemory { gpa: gfns.start_byte(), size: gfns.bytes(), flags: 0 };
     while range.size != 0 {
         vcpu.pre_fault_memory(&mut range).unwrap();

@@ -289,7 +289,7 @@ fn the_image_is_held_against_memory_first() {
     ];
     for (imports, at) in cases {
         let (vcpus, memory) = begun(&[], None);
-        memory.convert(&Request { range: gfns(70, 71), to: State::Shared }).unwrap();
+        memory.convert(&Request { range: gfns(70, 71), to: State::Shared }).unwrap().converted().unwrap();
         let td = vcpus.td().clone();
         match vcpus.image(list(imports), &memory) {
             Err(LaunchError::NotPrivate { gfn: found }) => assert_eq!(found, gfn(at)),

@@ -214,7 +214,7 @@ fn the_plain_hypercall() {
 #[test]
 fn touches_convert_and_do_not_accept() {
     let mut td = Running::new(4 * MIB);
-    td.memory.convert(&Request { range: gfns(0, 2), to: State::Shared }).unwrap();
+    td.memory.convert(&Request { range: gfns(0, 2), to: State::Shared }).unwrap().converted().unwrap();
     assert_eq!(td.run(fill(0, 8, 1, true)), Err(Errno::EIO));
     assert_eq!(td.memory.state(gfn(0)), Some(State::Private));
 }

@@ -66,7 +66,7 @@ fn a_guest_that_wants_to_hear_of_it_gets_an_exception() {
 #[test]
 fn code_in_shared_memory_is_the_end_of_the_vm() {
     let mut td = Running::new(4 * MIB);
-    td.memory.convert(&Request { range: gfns(0, 1), to: State::Shared }).unwrap();
+    td.memory.convert(&Request { range: gfns(0, 1), to: State::Shared }).unwrap().converted().unwrap();
     assert_eq!(td.run(check(0, 8, 0, false)), Ok(OpResult::Done));
     assert_eq!(td.run(GuestOp::Fetch { gpa: 0, private: false }), Err(Errno::EIO));
     assert_eq!(td.td.arch().death(), Some(Death::SharedFetch { gfn: gfn(0) }));
@@ -96,7 +96,8 @@ fn a_round_trip_needs_another_acceptance() {
     }
     td.run(fill(0, 3 * PAGE, 0x77, true)).unwrap();
     log(&td);
-    let convert = |td: &Running, to| td.memory.convert(&Request { range: gfns(0, 2), to }).unwrap();
+    let convert =
+        |td: &Running, to| td.memory.convert(&Request { range: gfns(0, 2), to }).unwrap().converted().unwrap();
     convert(&td, State::Shared);
     let gone = |n| [Command::Block(gfn(n)), Command::Track, Command::Remove(gfn(n))];
     assert_eq!(log(&td), [gone(0), gone(1)].concat());

@@ -84,7 +84,7 @@ pub fn private_vm(vm: SoftVm, pages: u64) -> (Vm, Arc<CvmMemory>) {
 }
 
 pub fn share(memory: &CvmMemory, start: u64, end: u64) {
-    memory.convert(&Request { range: gfns(start, end), to: PageState::Shared }).unwrap();
+    memory.convert(&Request { range: gfns(start, end), to: PageState::Shared }).unwrap().converted().unwrap();
 }
 
 /// Who maps shared memory: what it has, and how often it was told.

@@ -6,9 +6,10 @@ mod edit_kit;
 use std::sync::Arc;
 
 use cvm_memory::addr::{FilePage, Gpa};
-use cvm_memory::hypervisor::{Hazards, Hypervisor};
+use cvm_memory::hypervisor::{Exit, Hazards, Hypervisor, Vcpu};
 use cvm_memory::layout::SlotFlags;
 use cvm_memory::memory::{EditError, SlotError, SlotSpec};
+use cvm_memory::soft::GuestOp;
 use cvm_memory_testkit::Call;
 use edit_kit::*;
 use nix::errno::Errno;
@@ -134,4 +135,37 @@ fn memory_beyond_the_record_is_refused_before_any_call() {
         assert!(matches!(edit.commit(&BESIDE), Err(EditError::Record { .. })));
         assert_eq!(vm.take(), []);
     }
+}
+
+/// A device where memory was: a BAR, the hole for a VGA.
+#[test]
+fn a_device_where_memory_was() {
+    let (vm, memory) = hazardous(Hazards { holes_stick: true, ..Hazards::NONE });
+    share(&memory, 0, 16);
+    let mut edit = memory.edit();
+    edit.punch_hole(8 * PAGE, 16 * PAGE).unwrap();
+    edit.commit(&BESIDE).unwrap();
+    let mut vcpu = vm.inner().create_vcpu();
+    let mut is_device = |page: u64| {
+        vcpu.start(GuestOp::Read { gpa: page * PAGE, len: 4, private: false });
+        match vcpu.run().unwrap() {
+            Exit::Mmio(_) => true,
+            Exit::MemoryFault(_) => false,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert!(!is_device(8) && !is_device(23), "sealed");
+    let is_memory =
+        |result, start, end| matches!(result, Err(SlotError::IsMemory { gfns: at }) if at == gfns(start, end));
+    assert!(is_memory(memory.leave_to_devices(gfns(7, 9)), 7, 8));
+    assert!(is_memory(memory.leave_to_devices(gfns(20, 30)), 24, 30));
+    vm.fail_matching(|call| matches!(call, Call::SetMemoryAttributes(_)), Errno::ENOMEM);
+    assert!(matches!(memory.leave_to_devices(gfns(8, 20)), Err(SlotError::Step { .. })));
+    memory.leave_to_devices(gfns(8, 20)).unwrap();
+    for page in [8, 15, 16, 19] {
+        assert!(is_device(page), "what was shared, and what was private: {page}");
+    }
+    assert!(!is_device(20) && !is_device(23), "nobody asked for it");
+    // Far beyond all memory there is nothing to forget.
+    memory.leave_to_devices(gfns(1 << 30, 1 << 31)).unwrap();
 }

@@ -284,7 +284,8 @@ impl<'a> Edit<'a> {
         self.apply(Operation::Delete(gfns))
     }
 
-    /// Takes memory away, whichever slots it is part of.
+    /// Takes memory away, whichever slots it is part of. For a device to be there, see
+    /// [`leave_to_devices`](CvmMemory::leave_to_devices).
     ///
     /// # Errors
     /// As all operations.

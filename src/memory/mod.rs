@@ -58,6 +58,8 @@ pub enum Materialise {
     ///
     /// Until then a *shared* access to the page makes no exit: KVM serves it from the shared memory, while the record says
     /// private and devices are refused. A guest that asks before it shares, as confidential guests do, never sees this.
+    /// One that does not may hold memory twice, what it wrote as shared before it took the page as private: up to as much again
+    /// as its memory, until the page has been shared and private once more.
     Lazy,
     /// When its slot is created.
     Eager,

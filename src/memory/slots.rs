@@ -162,6 +162,12 @@ pub enum SlotError {
         /// Another one.
         other: SlotId,
     },
+    /// Frames that were to be left to devices have a slot.
+    #[error("gfns {gfns} are memory")]
+    IsMemory {
+        /// The first of them.
+        gfns: GfnRange,
+    },
     /// Every id is taken.
     #[error("no slot id is free below {limit}")]
     NoFreeId {
@@ -356,6 +362,28 @@ impl CvmMemory {
         self.converter.counters().naive.set_user_memory_region2.add(1);
         edit.commit(&CommitOptions { lose_private: true, ..CommitOptions::default() })?;
         Ok(())
+    }
+
+    /// Lets devices be where memory was. Forgets the state of `gfns`, none of which has a slot: they are shared to KVM, and
+    /// memory that comes there begins anew.
+    ///
+    /// Only needed where a hole is remembered as a device ([`Hazards::holes_stick`](crate::hypervisor::Hazards::holes_stick)).
+    /// Memory that goes is kept private to KVM there, so an access is a memory fault and never device input or output. Once a
+    /// device has been at a frame, no memory can be: its guest would go on finding the device.
+    ///
+    /// # Errors
+    /// [`SlotError::IsMemory`]; [`SlotError::Step`] if KVM refuses, and then it can be tried again.
+    pub fn leave_to_devices(&self, gfns: GfnRange) -> Result<(), SlotError> {
+        let _editing = self.editing()?;
+        if let Some(slot) = self.space().layout().table().space(0).first_overlap(gfns) {
+            return Err(SlotError::IsMemory { gfns: slot.gfns.intersection(&gfns).unwrap_or(gfns) });
+        }
+        // What the record does not reach has no state.
+        let reach = GfnRange::with_len(Gfn::ZERO, self.known.capacity()).ok();
+        let Some(gfns) = reach.and_then(|reach| reach.intersection(&gfns)) else { return Ok(()) };
+        let _guard = self.converter.hold(gfns)?;
+        self.converter.forget_locked(gfns).map_err(|error| SlotError::Step { gfns, error })?;
+        self.known.remove(gfns).map_err(|error| SlotError::Record { gfns, error })
     }
 
     /// Lets go of a file that no slot is bound to any more: its pages are freed when its last owner drops it.

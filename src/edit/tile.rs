@@ -1,5 +1,7 @@
 //! Into which slots a run of contiguous memory is cut. Pure arithmetic on frames.
 
+use std::collections::BTreeMap;
+
 use crate::addr::{Gfn, GfnRange};
 
 /// Contiguous memory with equal flags in which slots may end anywhere but in `wholes`.
@@ -73,42 +75,89 @@ impl Run<'_> {
 
     /// The best tiling of `gap` with slots that exist where they fit, and new ones elsewhere. `fits` ascend by start.
     pub(super) fn cover(&self, gap: GfnRange, fits: &[Fit], aim: Aim) -> Vec<Tile> {
-        let cost = |slots: i64, calls: i64| match aim {
-            Aim::Slots => (slots, calls),
-            Aim::Calls => (calls, slots),
-        };
-        let new = |gap: GfnRange| i64::try_from(self.chunks(gap).count()).unwrap_or(i64::MAX);
-        let between = |low: Gfn, high: Gfn| GfnRange::new(low, high).ok();
-        // For each fit, the best tiling that ends with it: its cost, and the fit before it.
-        let mut best: Vec<((i64, i64), Option<usize>)> = Vec::with_capacity(fits.len());
-        let add = |cost: (i64, i64), more: (i64, i64)| (cost.0.saturating_add(more.0), cost.1.saturating_add(more.1));
-        let best_before = |at: Gfn, best: &[((i64, i64), Option<usize>)]| {
-            let first = between(gap.start(), at).map(|gap| (cost(new(gap), new(gap)), None));
-            let later = best.iter().zip(fits).enumerate().filter_map(|(index, ((before, _), fit))| {
-                let made = new(between(fit.gfns.end(), at)?);
-                Some((add(*before, cost(made, made)), Some(index)))
-            });
-            first.into_iter().chain(later).min()
-        };
+        let mut search = Search { run: self, gap, fits, aim, best: Vec::new(), ended: BTreeMap::new(), below: None };
         for fit in fits {
-            let found = best_before(fit.gfns.start(), &best);
-            let (before, by) = found.unwrap_or(((i64::MAX, i64::MAX), None));
-            best.push((add(before, cost(1, fit.extra)), by));
+            search.push(fit);
         }
         let mut tiles = Vec::new();
         let mut end = gap.end();
-        let mut last = best_before(end, &best).and_then(|(_, last)| last);
+        let mut last = search.before(end).and_then(|(_, last)| last);
         loop {
             let fit = last.and_then(|last| fits.get(last));
             let low = fit.map_or(gap.start(), |fit| fit.gfns.end());
-            let chunks: Vec<_> = between(low, end).into_iter().flat_map(|gap| self.chunks(gap)).collect();
+            let chunks: Vec<_> = GfnRange::new(low, end).into_iter().flat_map(|gap| self.chunks(gap)).collect();
             tiles.extend(chunks.into_iter().rev().map(|gfns| Tile { gfns, old: None }));
             let Some(fit) = fit else { break };
             tiles.push(Tile { gfns: fit.gfns, old: Some(fit.old) });
             end = fit.gfns.start();
-            last = last.and_then(|last| best.get(last)).and_then(|(_, by)| *by);
+            last = last.and_then(|last| search.best.get(last)).and_then(|(_, by)| *by);
         }
         tiles.reverse();
         tiles
     }
+}
+
+/// Slots and calls, what is to be few first.
+type Cost = (i64, i64);
+
+/// The search for a tiling: fit by fit, as they begin.
+struct Search<'a> {
+    run: &'a Run<'a>,
+    gap: GfnRange,
+    fits: &'a [Fit],
+    aim: Aim,
+    /// For each fit so far, the best tiling that ends with it: its cost, and the fit before it.
+    best: Vec<(Cost, Option<usize>)>,
+    /// By the frame at which they end, the cheapest of those.
+    ended: BTreeMap<Gfn, (Cost, usize)>,
+    /// The cheapest of those that end below all that are in `ended`.
+    below: Option<(Cost, usize)>,
+}
+
+impl Search<'_> {
+    /// The next fit.
+    fn push(&mut self, fit: &Fit) {
+        let (before, by) = self.before(fit.gfns.start()).unwrap_or(((i64::MAX, i64::MAX), None));
+        let cost = add(before, self.cost(1, fit.extra));
+        let cheapest = (cost, self.best.len());
+        self.best.push((cost, by));
+        self.ended.entry(fit.gfns.end()).and_modify(|held| *held = cheapest.min(*held)).or_insert(cheapest);
+    }
+
+    /// The best tiling of all below `at`, and the fit with which it ends. `at` ascends from call to call.
+    fn before(&mut self, at: Gfn) -> Option<(Cost, Option<usize>)> {
+        while let Some(ended) = self.ended.first_entry().filter(|ended| *ended.key() < at) {
+            let cheapest = ended.remove();
+            self.below = Some(self.below.map_or(cheapest, |below| cheapest.min(below)));
+        }
+        let first = GfnRange::new(self.gap.start(), at).ok().map(|gap| (self.new_slots(gap), None));
+        if self.gap.pages() > self.run.limit {
+            return first.into_iter().chain((0..self.best.len()).filter_map(|index| self.with_last(index, at))).min();
+        }
+        // One new slot fills any gap, however long: of the fits that end somewhere below, only the cheapest matters.
+        let lasts = [self.below, self.ended.get(&at).copied()].into_iter().flatten();
+        first.into_iter().chain(lasts.filter_map(|(_, index)| self.with_last(index, at))).min()
+    }
+
+    /// The best tiling of all below `at` that has `index` as its last fit.
+    fn with_last(&self, index: usize, at: Gfn) -> Option<(Cost, Option<usize>)> {
+        let gap = GfnRange::new(self.fits.get(index)?.gfns.end(), at).ok()?;
+        Some((add(self.best.get(index)?.0, self.new_slots(gap)), Some(index)))
+    }
+
+    fn new_slots(&self, gap: GfnRange) -> Cost {
+        let count = i64::try_from(self.run.chunks(gap).count()).unwrap_or(i64::MAX);
+        self.cost(count, count)
+    }
+
+    const fn cost(&self, slots: i64, calls: i64) -> Cost {
+        match self.aim {
+            Aim::Slots => (slots, calls),
+            Aim::Calls => (calls, slots),
+        }
+    }
+}
+
+const fn add(cost: Cost, more: Cost) -> Cost {
+    (cost.0.saturating_add(more.0), cost.1.saturating_add(more.1))
 }

@@ -9,6 +9,7 @@ use cvm_memory::gmem::GmemError;
 use cvm_memory::layout::{BindError, LayoutError};
 use cvm_memory::memory::{AccessError, PrefaultFailed, SlotError};
 use cvm_memory::prefault::PieceError;
+use cvm_memory_testkit::chain;
 use nix::errno::Errno;
 
 use super::wire::bytes;
@@ -82,7 +83,9 @@ pub(super) fn slot(error: &SlotError) -> String {
         SlotError::Kvm { errno, .. } => format!("region {errno:?}"),
         SlotError::AddressSpace { .. } => "another address space".into(),
         SlotError::Rebound { was, .. } => format!("pages of gfn {was:#x}"),
-        SlotError::Edit(_) | SlotError::Harvest { .. } | SlotError::SharedTwice { .. } => error.to_string(),
+        SlotError::Edit(_) | SlotError::Harvest { .. } | SlotError::SharedTwice { .. } | SlotError::IsMemory { .. } => {
+            chain(error)
+        }
     };
     format!("refused, {reason}")
 }

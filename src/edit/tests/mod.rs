@@ -8,6 +8,7 @@ mod operations;
 mod past;
 mod plans;
 mod scenarios;
+mod tiles;
 
 use super::*;
 use crate::addr::{FilePage, Gfn, GfnRange};

@@ -1,6 +1,5 @@
 //! Memory that the tracker keeps dirty bits of: whose it is, when it is forgotten, and what becomes of its bits where KVM keeps no
 //! log, or nobody could follow.
-#![allow(unsafe_code, reason = "memory is vouched for by more than one owner here")]
 
 mod dirty_kit;
 mod soft_kit;
@@ -12,33 +11,16 @@ use cvm_memory::backing::{SharedBacking, SharedMemory};
 use cvm_memory::dirty::{Stage, StartError, SyncError, Unloggable};
 use cvm_memory::gmem::FileId;
 use cvm_memory::layout::{FileBinding, Layout, Limits, Memslot, SlotFlags, SlotId};
+use cvm_memory_testkit::Window;
 use dirty_kit::*;
-use nix::errno::Errno;
 use soft_kit::*;
 
 /// The same mapping, brought by several owners: it is forgotten with the last of them.
 #[test]
 fn memory_with_several_owners_is_forgotten_with_the_last() {
-    #[derive(Debug)]
-    struct Owner(Arc<SharedMemory>);
-    // SAFETY: what is vouched for lives as long.
-    unsafe impl SharedBacking for Owner {
-        fn hva(&self) -> u64 {
-            self.0.hva()
-        }
-        fn size(&self) -> u64 {
-            self.0.size()
-        }
-        fn discard(&self, offset: u64, len: u64) -> Result<(), Errno> {
-            self.0.discard(offset, len)
-        }
-        fn resident_bytes(&self) -> Option<u64> {
-            self.0.resident_bytes()
-        }
-    }
     let setup = Setup::new(BY_LOOKING, one_slot);
-    let ram = Arc::new(SharedMemory::new(16 * PAGE).unwrap());
-    let owner = || -> Arc<dyn SharedBacking> { Arc::new(Owner(Arc::clone(&ram))) };
+    let ram: Arc<dyn SharedBacking> = Arc::new(SharedMemory::new(16 * PAGE).unwrap());
+    let owner = || -> Arc<dyn SharedBacking> { Arc::new(Window::new(&ram, 0, 16 * PAGE)) };
     let (first, second) = (owner(), owner());
     let bitmap = setup.tracker.adopt(&first).unwrap();
     assert!(Arc::ptr_eq(&bitmap, &setup.tracker.adopt(&second).unwrap()));
@@ -60,28 +42,11 @@ fn memory_with_several_owners_is_forgotten_with_the_last() {
 /// Mappings that overlap, as a part and the whole do: a write that KVM knows nothing of is found in either.
 #[test]
 fn a_write_to_memory_that_is_part_of_two() {
-    #[derive(Debug)]
-    struct Part(&'static SharedMemory, u64);
-    // SAFETY: part of memory that lives for ever.
-    unsafe impl SharedBacking for Part {
-        fn hva(&self) -> u64 {
-            self.0.hva()
-        }
-        fn size(&self) -> u64 {
-            self.1
-        }
-        fn discard(&self, offset: u64, len: u64) -> Result<(), Errno> {
-            self.0.discard(offset, len)
-        }
-        fn resident_bytes(&self) -> Option<u64> {
-            None
-        }
-    }
     let setup = Setup::new(BY_LOOKING, |_| Vec::new());
-    let ram: &'static SharedMemory = Box::leak(Box::new(SharedMemory::new(16 * PAGE).unwrap()));
-    let part = setup.tracker.add_backing(&Part(ram, 4 * PAGE)).unwrap();
-    setup.tracker.add_backing(ram).unwrap();
-    let there = slot(ram, 5, 0x300, 0, 16);
+    let ram: Arc<dyn SharedBacking> = Arc::new(SharedMemory::new(16 * PAGE).unwrap());
+    let part = setup.tracker.add_backing(&Window::new(&ram, 0, 4 * PAGE)).unwrap();
+    setup.tracker.adopt(&ram).unwrap();
+    let there = Memslot { hva: ram.hva(), ..slot(setup.ram, 5, 0x300, 0, 16) };
     setup.tracker.start(&layout(&[there]), Unloggable::Refuse).unwrap();
     setup.tracker.wrote(ram.hva() + 4 * PAGE - 1, 2);
     assert_eq!(setup.tracker.take_gfns(), [gfns(0x303, 0x305)]);

@@ -14,7 +14,7 @@ use cvm_memory::hypervisor::{Cap, Exit, Hypervisor, Vcpu};
 use cvm_memory::layout::{Memslot, SlotFlags, SlotId};
 use cvm_memory::memory::{CvmMemory, EditError, SlotSpec};
 use cvm_memory::soft::{GuestOp, SoftVm};
-use cvm_memory_testkit::{Call, Recorder, chain};
+use cvm_memory_testkit::{Call, Recorder, Window, chain};
 use edit_kit::*;
 use nix::errno::Errno;
 
@@ -410,35 +410,14 @@ fn s09_holes_are_clipped_to_the_slots_that_there_are() {
     assert_eq!(clip(0x17f, 0x181), [gfns(0x1ff, 0x200), gfns(0x200, 0x201)]);
 }
 
-/// One more owner of a mapping.
-#[derive(Debug)]
-struct Owner(Arc<SharedMemory>);
-
-// SAFETY: what is vouched for lives as long.
-#[allow(unsafe_code, reason = "a mapping has several owners here")]
-unsafe impl SharedBacking for Owner {
-    fn hva(&self) -> u64 {
-        self.0.hva()
-    }
-    fn size(&self) -> u64 {
-        self.0.size()
-    }
-    fn discard(&self, offset: u64, len: u64) -> Result<(), Errno> {
-        self.0.discard(offset, len)
-    }
-    fn resident_bytes(&self) -> Option<u64> {
-        self.0.resident_bytes()
-    }
-}
-
 /// Slots that share a mapping, each with an owner of its own for it: whichever goes, the dirty bits of the other are kept.
 #[test]
 fn a_mapping_is_tracked_until_its_last_slot_goes() {
     for stays in [0, 16] {
         let vm = SoftVm::default_type();
-        let ram = Arc::new(SharedMemory::new(32 * PAGE).unwrap());
+        let ram: Arc<dyn SharedBacking> = Arc::new(SharedMemory::new(32 * PAGE).unwrap());
         let slot = |at: u64| {
-            let owner: Arc<dyn SharedBacking> = Arc::new(Owner(Arc::clone(&ram)));
+            let owner: Arc<dyn SharedBacking> = Arc::new(Window::new(&ram, 0, 32 * PAGE));
             plain(at * PAGE, 16 * PAGE, &owner, at * PAGE, SlotFlags::LOG_DIRTY)
         };
         let memory = CvmMemory::builder().slot(slot(0)).slot(slot(16)).build(Arc::new(vm.clone())).unwrap();

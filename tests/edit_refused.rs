@@ -17,7 +17,7 @@ use cvm_memory::hypervisor::{Hazards, Hypervisor};
 use cvm_memory::layout::{Layout, LayoutError, Memslot, SlotFlags, SlotId};
 use cvm_memory::memory::{CommitOptions, CvmMemory, EditError, SlotError, SlotSpec};
 use cvm_memory::soft::SoftVm;
-use cvm_memory_testkit::{Call, Recorder, chain};
+use cvm_memory_testkit::{Call, Recorder, Window, chain};
 use edit_kit::*;
 use nix::errno::Errno;
 
@@ -455,38 +455,11 @@ fn s01_s02_memory_that_begins_and_ends_anywhere() {
     }
 }
 
-/// Part of another mapping: two of these can touch.
-#[derive(Debug)]
-struct Window {
-    whole: Arc<dyn SharedBacking>,
-    offset: u64,
-    size: u64,
-}
-
-// SAFETY: part of what is vouched for, and it lives as long.
-#[allow(unsafe_code, reason = "a mapping beside another cannot be had from SharedMemory at will")]
-unsafe impl SharedBacking for Window {
-    fn hva(&self) -> u64 {
-        self.whole.hva() + self.offset
-    }
-    fn size(&self) -> u64 {
-        self.size
-    }
-    fn discard(&self, offset: u64, len: u64) -> Result<(), Errno> {
-        self.whole.discard(self.offset + offset, len)
-    }
-    fn resident_bytes(&self) -> Option<u64> {
-        None
-    }
-}
-
 /// What follows a mapping in this process is none of its business: only what was brought comes before the guest.
 #[test]
 fn no_memory_but_what_was_brought_is_shown_to_the_guest() {
     let whole = slice(8 * PAGE).backing;
-    let window = |at: u64| -> Arc<dyn SharedBacking> {
-        Arc::new(Window { whole: Arc::clone(&whole), offset: 4 * at * PAGE, size: 4 * PAGE })
-    };
+    let window = |at: u64| -> Arc<dyn SharedBacking> { Arc::new(Window::new(&whole, 4 * at * PAGE, 4 * PAGE)) };
     let (low, high) = (window(0), window(1));
     let vm = Recorder::new(SoftVm::default_type());
     let lower = plain(0, 4 * PAGE, &low, 0, SlotFlags::empty());

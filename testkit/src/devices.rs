@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cvm_memory::addr::PAGE_SIZE;
 use cvm_memory::backing::{SharedBacking, SharedMemory, SharedPiece};
@@ -64,6 +64,44 @@ fn addresses(run: &SharedRun) -> Vec<(u64, u64)> {
         "the pieces are not the run: {run:?}"
     );
     found
+}
+
+/// Part of another mapping, or all of it once more: for what has several owners, or touches or overlaps other memory.
+#[derive(Debug)]
+pub struct Window {
+    whole: Arc<dyn SharedBacking>,
+    offset: u64,
+    size: u64,
+}
+
+impl Window {
+    /// `size` bytes from byte `offset` of `whole` on.
+    ///
+    /// # Panics
+    /// If it has no such bytes.
+    pub fn new(whole: &Arc<dyn SharedBacking>, offset: u64, size: u64) -> Self {
+        assert!(offset.checked_add(size).is_some_and(|end| end <= whole.size()), "{offset:#x}, {size:#x}");
+        Self { whole: Arc::clone(whole), offset, size }
+    }
+}
+
+// SAFETY: part of what is vouched for, and it lives as long.
+unsafe impl SharedBacking for Window {
+    fn hva(&self) -> u64 {
+        self.whole.hva() + self.offset
+    }
+
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        self.whole.discard(self.offset + offset, len)
+    }
+
+    fn resident_bytes(&self) -> Option<u64> {
+        None
+    }
 }
 
 /// Asked before bytes `[offset, offset + len)` are freed; an error and they are not.

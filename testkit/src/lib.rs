@@ -14,7 +14,7 @@ pub mod skip;
 pub mod snp;
 pub mod soft_guest;
 
-pub use devices::{Mapped, WatchedMemory};
+pub use devices::{Mapped, WatchedMemory, Window};
 pub use error::chain;
 pub use frames::{file_pages, gfn, gfns};
 pub use guest::{Guest, GuestOp, Outcome};

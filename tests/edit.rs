@@ -236,14 +236,7 @@ fn devices_let_go_of_memory_where_private_memory_comes() {
         let old = plain(0, 64 * PAGE, &slice(64 * PAGE).backing, 0, SlotFlags::empty());
         let memory = CvmMemory::builder().slot(old).address_limit(1 << 30).build(Arc::new(vm.clone())).unwrap();
         let device = Device::on(&memory);
-        let replace = || {
-            let private = Some((Arc::new(vm.create_guest_memfd(64 * PAGE, 0).unwrap()), FilePage::ZERO));
-            let (size, shared, flags) = (64 * PAGE, slice(64 * PAGE), SlotFlags::empty());
-            let mut edit = memory.edit();
-            edit.delete(0, 64 * PAGE).unwrap();
-            edit.create(SlotSpec { id: None, gpa: 0, size, shared, private, flags }).unwrap();
-            edit.commit(&BESIDE)
-        };
+        let replace = || replace_by_private(&vm, &memory, 64);
         let before = device.mapped.frames();
         assert_eq!(before.len(), 64);
         vm.fail_matching(|call| matches!(call, Call::SetUserMemoryRegion2(r) if r.memory_size != 0), Errno::ENOMEM);

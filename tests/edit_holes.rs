@@ -19,14 +19,7 @@ use nix::errno::Errno;
 fn a_failure_seals_no_memory() {
     let (vm, memory) = hazardous(Hazards { holes_stick: true, ..Hazards::NONE });
     share(&memory, 0, 64);
-    let replace = || {
-        let private = Some((Arc::new(vm.create_guest_memfd(96 * PAGE, 0).unwrap()), FilePage::ZERO));
-        let (size, shared, flags) = (96 * PAGE, slice(96 * PAGE), SlotFlags::empty());
-        let mut edit = memory.edit();
-        edit.delete(0, 64 * PAGE).unwrap();
-        edit.create(SlotSpec { id: None, gpa: 0, size, shared, private, flags }).unwrap();
-        edit.commit(&BESIDE)
-    };
+    let replace = || replace_by_private(&vm, &memory, 96);
     for nth in [1, 2] {
         let matching = move |call: &Call| match call {
             Call::SetUserMemoryRegion2(r) => (r.memory_size == 0) == (nth == 1),

@@ -7,16 +7,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use cvm_memory::addr::GfnRange;
+use cvm_memory::addr::{FilePage, GfnRange};
 use cvm_memory::backing::{SharedBacking, SharedMemory, SharedSlice};
 use cvm_memory::convert::{Listener, ListenerError, Request, SharedRun, State as PageState};
 use cvm_memory::edit::{Harvest, Prefer, Step};
 use cvm_memory::exits::{Action, Handled, VcpuExits};
 use cvm_memory::gate::{Gate, Kick, VcpuPass};
 use cvm_memory::hypervisor::kvm::KvmVm;
-use cvm_memory::hypervisor::{Exit, Hazards, Platform};
+use cvm_memory::hypervisor::{Exit, Hazards, Hypervisor, Platform};
 use cvm_memory::layout::{Memslot, SlotFlags};
-use cvm_memory::memory::{CommitOptions, Committed, CvmMemory, SlotSpec};
+use cvm_memory::memory::{CommitOptions, Committed, CvmMemory, EditError, SlotSpec};
 use cvm_memory::soft::{Arch, SlotInfo, SoftVm, Tagged};
 use cvm_memory_testkit::{Call, Guest, GuestOp, Mapped, Outcome, Recorder};
 #[allow(unused_imports, reason = "each test file uses its own part")]
@@ -81,6 +81,16 @@ pub fn private_vm(vm: SoftVm, pages: u64) -> (Vm, Arc<CvmMemory>) {
     let memory = CvmMemory::builder().ram(0, pages * PAGE).address_limit(1 << 30).build(Arc::new(vm.clone())).unwrap();
     vm.take();
     (vm, Arc::new(memory))
+}
+
+/// One edit: the 64 pages of memory from frame 0 on go, and so many that can be private come there.
+pub fn replace_by_private(vm: &Vm, memory: &CvmMemory, pages: u64) -> Result<Committed, EditError> {
+    let size = pages * PAGE;
+    let private = Some((Arc::new(vm.create_guest_memfd(size, 0).unwrap()), FilePage::ZERO));
+    let mut edit = memory.edit();
+    edit.delete(0, 64 * PAGE).unwrap();
+    edit.create(SlotSpec { id: None, gpa: 0, size, shared: slice(size), private, flags: SlotFlags::empty() }).unwrap();
+    edit.commit(&BESIDE)
 }
 
 pub fn share(memory: &CvmMemory, start: u64, end: u64) {
